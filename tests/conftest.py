@@ -1,0 +1,38 @@
+"""What all tests share: no settings of the caller's, reproducible examples, and sockets with short paths."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("tierd", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.load_profile("tierd")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_environment() -> None:
+    """Tests, and the processes that they start, see no configuration of the user's."""
+    for name in [name for name in os.environ if name.startswith(("TIERD_", "XDG_", "NOTIFY_SOCKET", "LISTEN_"))]:
+        del os.environ[name]
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose path leaves room for a socket's name within the 107 bytes that the kernel allows."""
+    path = Path(tempfile.mkdtemp(prefix="tierd-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not os.path.exists("/dev/nvidiactl"):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

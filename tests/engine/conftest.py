@@ -1,0 +1,126 @@
+"""Tiny random models that are written to disk, their transformers twins as oracle, a client that is a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from tierd.block import ROOT, split
+from tierd.layout import Layout
+
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=2048,
+    eos_token_id=None,
+    bos_token_id=None,
+    pad_token_id=None,
+    initializer_range=0.25,  # weights large enough for one wrong block to change the tokens
+)
+GROUPED = dict(num_key_value_heads=2, head_dim=16)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": None},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "gpt2": {},
+    "mixtral": GROUPED | {"sliding_window": None, "num_local_experts": 4},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and test processes run side by side."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a random model of a type to disk and returns its directory; arguments change its configuration."""
+
+    def write(model_type: str, seed: int = 0, **changes: Any) -> Path:
+        config = CONFIG_MAPPING[model_type](**(SIZES | changes))
+        torch.manual_seed(seed)
+        directory = tmp_path_factory.mktemp(model_type)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest, write_model: Callable[..., Path]) -> SimpleNamespace:
+    """One of the model families: `.path`, and `.oracle(tokens, new)`, the greedy tokens of transformers itself."""
+    path = write_model(request.param, **FAMILIES[request.param])
+    return SimpleNamespace(path=path, oracle=_oracle(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)))
+
+
+@pytest.fixture(scope="session")
+def llama(write_model: Callable[..., Path]) -> Path:
+    """Directory of a tiny random Llama."""
+    return write_model("llama", **GROUPED)
+
+
+@pytest.fixture
+def cache() -> DictionaryCache:
+    """A cache that outlives engines, as tierd does: pass `cache.connect` to an LLM."""
+    return DictionaryCache()
+
+
+class DictionaryCache:
+    """Blocks by model and hash in a dictionary, with the client's `load`, `store` and `close`."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[str, bytes], np.ndarray] = {}
+        self.connections = 0
+
+    def connect(self, *, model: str, layout: Layout) -> DictionaryClient:
+        self.connections += 1
+        return DictionaryClient(self, model, layout)
+
+
+class DictionaryClient:
+    """The tierd client's methods that an engine calls, strict about their arguments."""
+
+    def __init__(self, cache: DictionaryCache, model: str, layout: Layout) -> None:
+        self.cache, self.model, self.layout = cache, model, layout
+
+    def load(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes = ROOT) -> int:
+        self._check(hashes, pool, pages, parent)
+        for count, (name, page) in enumerate(zip(split(hashes), pages, strict=True)):
+            if (self.model, name) not in self.cache.blocks:
+                return count
+            pool[page] = self.cache.blocks[self.model, name]
+        return len(pages)
+
+    def store(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes = ROOT) -> None:
+        self._check(hashes, pool, pages, parent)
+        for name, page in zip(split(hashes), pages, strict=True):
+            self.cache.blocks[self.model, name] = pool[page].copy()
+
+    def close(self) -> None:
+        self.cache.connections -= 1
+
+    def _check(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes) -> None:
+        assert pool.dtype == np.uint8 and pool.flags.c_contiguous and pool.shape[1] == self.layout.block_bytes
+        assert len(hashes) == 32 * len(pages) and len(hashes) > 0
+        assert parent == ROOT or (self.model, parent) in self.cache.blocks, "a block whose parent was never stored"
+
+
+def _oracle(model: PreTrainedModel) -> Callable[[list[int], int], list[int]]:
+    def greedy(tokens: list[int], new: int) -> list[int]:
+        with torch.inference_mode():
+            output = model.generate(torch.tensor([tokens]), max_new_tokens=new, do_sample=False)
+        return output[0, len(tokens) :].tolist()
+
+    return greedy

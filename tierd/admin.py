@@ -1,0 +1,88 @@
+"""The admin socket: how the daemon is, and what an operator may ask of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tierd import __version__, clock
+from tierd.config import Config
+from tierd.errors import Invalid
+from tierd.keeper import Keeper
+from tierd.metrics import LOOKUP_TIERS, Metrics
+from tierd.server import Connection
+from tierd.wire.messages import Request
+
+
+class Admin:
+    """Handler of the admin socket."""
+
+    def __init__(self, config: Config, keeper: Keeper, metrics: Metrics, io: tuple[str, str], drain: Callable[[], None]) -> None:
+        self._config, self._keeper, self._metrics, self._io, self._drain = config, keeper, metrics, io, drain
+        self._started = clock.monotonic_seconds()
+
+    def connected(self, connection: Connection) -> None:
+        """Nothing is kept per connection; the server admits only root and the daemon's own user."""
+
+    def disconnected(self, connection: Connection) -> None:
+        """Nothing was kept."""
+
+    def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+        """Answer status, sync and drain."""
+        match request.verb:
+            case "status":
+                return self.status()
+            case "sync":
+                return self._sync(request.deadline_seconds)
+            case "drain":
+                self._drain()
+                return {}
+        raise Invalid(f"{request.verb}: not on this socket")
+
+    async def _sync(self, seconds: float | None) -> dict[str, Any]:
+        written = self._written()
+        most = self._config.limits.wait_seconds_max if seconds is None else seconds
+        await self._keeper.sync(clock.monotonic_seconds() + most)
+        return {"blocks": self._written() - written}
+
+    def _written(self) -> int:
+        spaces = self._keeper.spaces.values()
+        return sum(space.lower.pool.counts()["ready"] for space in spaces if space.lower)
+
+    def status(self) -> dict[str, Any]:
+        """Everything a person asks first, as plain values."""
+        counters = self._metrics.counters()
+        spaces = list(self._keeper.spaces.values())
+        tiers = {}
+        for at, tier in enumerate(self._keeper.tiers):
+            slots: dict[str, int] = {}
+            for space in spaces:
+                for state, number in space.arenas[at].pool.counts().items():
+                    slots[state] = slots.get(state, 0) + number
+            tiers[tier.name] = {"used_bytes": tier.budget.used, "limit_bytes": tier.budget.most, "slots": slots}
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_seconds": clock.monotonic_seconds() - self._started,
+            "socket": str(self._config.server.socket),
+            "io": {"engine": self._io[0], "path": self._io[1]},
+            "tiers": tiers,
+            "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},
+            "evicted_blocks": {".".join(name[1:]): n for name, n in counters.items() if name[0] == "evicted"},
+            "checksum_failures": sum(n for name, n in counters.items() if name[:2] == ("failed", "mismatch")),
+            "unwritten_runs": self._keeper.unwritten(),
+            "sessions": sum(len(space.sessions) for space in spaces),
+            "namespaces": [
+                {
+                    "id": space.namespace.id.hex(),
+                    "domain": space.namespace.domain,
+                    "model": space.namespace.model,
+                    "block_bytes": space.namespace.layout.block_bytes,
+                    "blocks": space.cache.index.blocks,
+                    "sessions": [{"client": s.name, "pid": s.pid} for s in space.sessions.values()],
+                    "slots": {arena.tier.name: arena.pool.counts() for arena in space.arenas},
+                }
+                for space in spaces
+            ],
+        }

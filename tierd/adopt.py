@@ -1,0 +1,198 @@
+"""Taking over what an earlier life left: memory segments kept by the service manager, segment files, and sessions.
+
+The directories are the truth. A segment that does not fit the present configuration (another geometry, more bytes than the
+tier may have) is given up with the reason in the log; everything else is a hit again at once, with its recency.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tierd import systemd
+from tierd.core.cache import LOWER
+from tierd.core.pool import FREE, RETIRED
+from tierd.core.recovery import Rows, recover
+from tierd.errors import Invalid
+from tierd.layout import Namespace
+from tierd.log import get_logger
+from tierd.space import BITS, Attached, Space
+from tierd.tiers.directory import Scan
+from tierd.tiers.host import HostSegment
+from tierd.tiers.tier import NvmeTier, Tier
+
+log = get_logger("adopt")
+
+
+@dataclass
+class Adopted:
+    """What came of it, for the log and the metrics: segments, copies kept, copies given up by reason, sessions."""
+
+    segments: int = 0
+    kept: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+    sessions: int = 0
+
+
+def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[Namespace], Space], now: int) -> Adopted:
+    """Fill the spaces from the descriptors `stored` (by name) and from the files of an nvme tier.
+
+    Blocks for reading all directories; `now` is Unix milliseconds.
+    """
+    result = Adopted()
+    found: dict[bytes, list[list[Any]]] = {}
+    names: dict[bytes, Namespace] = {}
+    for at, segments in enumerate([_memory_segments(stored), _files(tiers)]):
+        for segment in segments:
+            namespace = segment.header.namespace
+            names[namespace.id] = namespace
+            found.setdefault(namespace.id, [[], []])[at].append(segment)
+    for namespace_id, segments_by_tier in found.items():
+        space = space_of(names[namespace_id])
+        _adopt_space(space, segments_by_tier, tiers, now, result)
+        _adopt_sessions(space, stored, result)
+    for name in [name for name in stored if name.startswith("session-")]:
+        _give_up_descriptors(name, stored.pop(name))
+    if found:
+        log.info("adopted", segments=result.segments, copies=result.kept, sessions=result.sessions, **result.lost)
+    return result
+
+
+def _memory_segments(stored: dict[str, list[int]]) -> list[HostSegment]:
+    segments = []
+    for name in [name for name in stored if name.endswith("-directory")]:
+        slots_name = name.removesuffix("-directory") + "-slots"
+        descriptors = stored.pop(name) + stored.pop(slots_name, [])
+        try:
+            if len(descriptors) != 2:
+                raise Invalid(f"{len(descriptors)} descriptors are kept for it, not 2")
+            segments.append(HostSegment.adopt(*descriptors))
+        except Invalid as error:
+            log.warning("memory segment given up", segment=name, reason=str(error))
+            _give_up_descriptors(name, descriptors)
+            systemd.remove(slots_name)
+    return segments
+
+
+def _files(tiers: list[Tier]) -> list[Any]:
+    tier = tiers[LOWER] if len(tiers) > 1 else None
+    if not isinstance(tier, NvmeTier):
+        return []
+    opened = tier.state.open_segments(tier.io)
+    for path, reason in opened.removed:
+        log.warning("segment file removed", path=path, reason=reason)
+    return opened.segments
+
+
+def _adopt_space(space: Space, segments_by_tier: list[list[Any]], tiers: list[Tier], now: int, result: Adopted) -> None:
+    tables = []
+    for arena, segments in zip(space.arenas, segments_by_tier, strict=False):
+        scans: list[tuple[int, Scan]] = []
+        for segment in segments:
+            if segment.header.geometry != arena.geometry:
+                reason = f"its geometry {segment.header.geometry} is not the configured {arena.geometry}"
+            elif not arena.tier.budget.reserve(arena.geometry.total_bytes):
+                reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes"
+            else:
+                directory = segment.directory if arena is space.upper else segment
+                scan = segment.scan() if directory is segment else directory.scan()
+                directory.reset(scan.spare)
+                scans.append((arena.add(segment, now), scan))
+                _count(result, damaged=scan.damaged, stale=scan.stale, unfinished=scan.unfinished)
+                continue
+            log.warning("segment given up", tier=arena.tier.name, segment=segment.segment_id, reason=reason)
+            arena.tier.discard(segment)
+        result.segments += len(scans)
+        tables.append(_rows(scans, arena.pool.slots_per_segment))
+    recovered = recover(space.cache, tables)
+    result.kept += recovered.kept
+    _count(result, duplicates=recovered.duplicates, orphans=recovered.orphans)
+
+
+def _rows(scans: list[tuple[int, Scan]], slots_per_segment: int) -> Rows:
+    def joined(name: str, kind: type) -> Any:
+        return np.concatenate([np.empty(0, kind), *(getattr(scan, name) for _, scan in scans)])
+
+    return Rows(
+        slots=np.concatenate(
+            [np.empty(0, np.int32), *(scan.slots + np.int32(at * slots_per_segment) for at, scan in scans)]
+        ),
+        hashes=b"".join(scan.hashes for _, scan in scans),
+        parents=b"".join(scan.parents for _, scan in scans),
+        generations=joined("generations", np.uint64),
+        last_use=joined("last_use", np.uint64),
+        uses=joined("use_counts", np.uint32),
+    )
+
+
+def _adopt_sessions(space: Space, stored: dict[str, list[int]], result: Adopted) -> None:
+    """Sessions whose processes live wait for them to resume; the bits of the dead are cleared.
+
+    Bits whose process nobody kept a descriptor of stay set: it may be alive, and still copying.
+    """
+    dead: set[int] = set()
+    alive: dict[int, Attached] = {}
+    prefix = f"session-{space.namespace.id.hex()[:32]}-"
+    for name in [name for name in stored if name.startswith(prefix)]:
+        number, session_id, token = name.removeprefix(prefix).split("-")
+        bit = int(number)
+        descriptors = stored.pop(name)
+        if len(descriptors) == 1 and (pid := living_pid(descriptors[0])):
+            alive[bit] = Attached(int(session_id, 16), bytes.fromhex(token), bit, descriptors[0], pid, "", space)
+        else:
+            dead.add(bit)
+            _give_up_descriptors(name, descriptors)
+    for bit in range(BITS):
+        held = _held(space, bit)
+        if bit in dead:
+            for segment in space.upper.segments.values():
+                segment.directory.unhold_all(bit)
+            continue
+        if bit not in alive and len(held):
+            log.warning("slots are held by an unknown process", namespace=space.namespace.id, bit=bit, slots=len(held))
+            alive[bit] = Attached(-1 - bit, os.urandom(16), bit, -1, 0, "unknown", space)
+        if bit in alive:
+            session = space.sessions[alive[bit].id] = alive[bit]
+            pool = space.upper.pool
+            pool.claim(held[pool.state[held] == FREE], RETIRED)
+            space.cache.restore_session(session.id, bit, held)
+            result.sessions += 1
+
+
+def _held(space: Space, bit: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Slot numbers that carry a holder bit."""
+    found = [np.empty(0, np.int32)]
+    for ordinal, segment in space.upper.segments.items():
+        local = np.flatnonzero(segment.directory.holders & np.uint64(1 << bit)).astype(np.int32)
+        found.append(local + np.int32(ordinal * space.upper.pool.slots_per_segment))
+    return np.concatenate(found)
+
+
+def living_pid(pidfd: int) -> int:
+    """The pid of a pidfd's process, 0 when it is gone."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if poll.poll(0):
+        return 0
+    with suppress(OSError), open(f"/proc/self/fdinfo/{pidfd}") as lines:
+        return next((max(0, int(line.split()[1])) for line in lines if line.startswith("Pid:")), 0)
+    return 0
+
+
+def _give_up_descriptors(name: str, descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+    systemd.remove(name)
+
+
+def _count(result: Adopted, **numbers: int) -> None:
+    for reason, number in numbers.items():
+        result.lost[reason] = result.lost.get(reason, 0) + number
+
+

@@ -1,0 +1,24 @@
+"""Run the daemon until SIGTERM or SIGINT, which drain it; a second one stops it at once."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from tierd import log
+from tierd.cli.options import add_config_arguments, load_config
+from tierd.config import FLAGS
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Every named flag of the configuration."""
+    add_config_arguments(parser, *FLAGS)
+
+
+def run(options: Namespace) -> int:
+    """Check the configuration, make its directories, then be the daemon."""
+    config = load_config(options)
+    log.configure(config.log.level, config.log.format)
+    config.prepare()
+    from tierd import daemon  # A wrong configuration is told before uvloop and numpy are loaded.
+
+    return int(daemon.run(config) or 0)

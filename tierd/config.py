@@ -1,0 +1,344 @@
+"""Configuration: defaults < TOML file < environment < flags, each value checked where it came from.
+
+Rule of this file: a value is right or is refused with its source, key, value and remedy; nothing is guessed or clamped.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tierd.errors import Invalid
+from tierd.values import (
+    GIB,
+    KIB,
+    MIB,
+    TIB,
+    boolean,
+    count,
+    decimal,
+    domains,
+    file_mode,
+    loopback,
+    one_of,
+    path,
+    size,
+    size_text,
+)
+
+PAGE_BYTES = 4096
+FILE_BYTES_MAX = MIB
+SOCKET_PATH_BYTES_MAX = 107
+
+
+def key(default: Any, parse: Callable[[Any], Any]) -> Any:
+    """One key: its default as one would write it (None: it depends on the user or another key), and its parser."""
+    return field(metadata={"default": default, "parse": parse})
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the daemon lives and who may talk to it."""
+
+    runtime_dir: Path = key(None, path)
+    state_dir: Path = key(None, path)
+    socket: Path = key(None, path)
+    admin_socket: Path = key(None, path)
+    socket_mode: int = key("0660", file_mode)
+    domains: dict[str, str] = key({}, domains)
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The memory tier."""
+
+    bytes: int = key("1GiB", size(64 * KIB, 1024 * TIB))
+    segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
+    huge_pages: str = key("auto", one_of("auto", "off", "require"))
+
+
+@dataclass(frozen=True)
+class Nvme:
+    """The disk tier; `bytes` is 0 when there is none."""
+
+    bytes: int = key("4GiB", size(64 * KIB, 1024 * TIB, zero=True))
+    path: Path = key(None, path)
+    segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
+    io_engine: str = key("auto", one_of("auto", "kvikio", "posix"))
+    io_threads: int = key(4, count(1, 64))
+    write_back: bool = key(True, boolean)
+    probe_seconds_max: float = key(10.0, decimal(0.1, 600))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who stays and who goes."""
+
+    eviction: str = key("lru", one_of("lru"))
+    admission: str = key("all", one_of("all"))
+    promotion_window_share: float = key(0.25, decimal(0.001, 1))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Prometheus and health over HTTP; `listen` is empty when off."""
+
+    listen: str = key("127.0.0.1:9475", loopback)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is logged, and how it looks."""
+
+    level: str = key("info", one_of("debug", "info", "warning", "error"))
+    format: str = key("text", one_of("text", "json"))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that anybody can make the daemon hold, queue or wait for."""
+
+    sessions_max: int = key(256, count(1, 65_536))
+    sessions_per_namespace_max: int = key(64, count(1, 64))
+    leases_per_session_max: int = key(4096, count(1, 1 << 20))
+    blocks_per_request_max: int = key(32_768, count(1, 1 << 20))
+    frame_bytes_max: int = key("4MiB", size(64 * KIB, 64 * MIB))
+    hello_frame_bytes_max: int = key("64KiB", size(4 * KIB, MIB))
+    wait_seconds_max: float = key(10.0, decimal(0.01, 600))
+    transfers_in_flight_max: int = key(64, count(1, 4096))
+    drain_seconds_max: float = key(10.0, decimal(0.01, 600))
+    namespaces_max: int = key(256, count(1, 65_536))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set. Made by `load`; `file` is the TOML file that was read, if any."""
+
+    server: Server
+    cpu: Cpu
+    nvme: Nvme
+    policy: Policy
+    metrics: Metrics
+    log: Log
+    limits: Limits
+    file: Path | None = None
+
+    @classmethod
+    def load(
+        cls,
+        flags: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
+        file: Path | None = None,
+        uid: int | None = None,
+    ) -> Config:
+        """The configuration of this process, or Invalid with the source, key, value and remedy of the first mistake.
+
+        `flags` maps "section.key" or one of FLAGS to text; `environ` and `uid` default to the process's own; `file`
+        defaults to the user's or the system's file where there is one.
+        """
+        environ = os.environ if environ is None else environ
+        uid = os.getuid() if uid is None else uid
+        file = file or default_file(environ, uid)
+        values = {dotted: parse_value("default", dotted, item["default"]) for dotted, item in KEYS.items()}
+        sources: dict[str, str] = {}
+        for given in (from_file(file), from_environment(environ), from_flags(flags or {})):
+            for source, dotted, value in given:
+                values[dotted] = parse_value(source, dotted, value)
+                sources[dotted] = source
+        fill_paths(values, environ, uid)
+        check_together(values, sources)
+        made: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        for dotted, (section, name) in SPLIT.items():
+            made[section][name] = values[dotted]
+        return cls(**{name: SECTIONS[name](**keys) for name, keys in made.items()}, file=file)
+
+    def describe(self) -> dict[str, Any]:
+        """Every key as `section.key` with its value as one would write it, for logs and for `tierd status`."""
+        plain = {dotted: getattr(getattr(self, section), name) for dotted, (section, name) in SPLIT.items()}
+        return {dotted: as_written(dotted, value) for dotted, value in plain.items()}
+
+    def prepare(self) -> None:
+        """Create the directories; Invalid when one is unsafe or the machine cannot hold the memory tier."""
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.cpu.bytes > memory_bytes:
+            have, want = size_text(memory_bytes // MIB * MIB), size_text(self.cpu.bytes)
+            raise Invalid(f"cpu.bytes = {want} is over this machine's memory of {have}: set it lower")
+        # Other users must be able to reach root's sockets, whose own mode says who may connect.
+        make_directory("server.runtime_dir", self.server.runtime_dir, 0o755 if os.getuid() == 0 else 0o700)
+        make_directory("server.state_dir", self.server.state_dir, 0o700)
+        if self.nvme.bytes:
+            make_directory("nvme.path", self.nvme.path, 0o700)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "server": Server,
+    "cpu": Cpu,
+    "nvme": Nvme,
+    "policy": Policy,
+    "metrics": Metrics,
+    "log": Log,
+    "limits": Limits,
+}
+KEYS: dict[str, Mapping[str, Any]] = {f"{name}.{k.name}": k.metadata for name, s in SECTIONS.items() for k in fields(s)}
+SPLIT = {dotted: (dotted.partition(".")[0], dotted.partition(".")[2]) for dotted in KEYS}
+VARIABLES = {f"TIERD_{dotted.replace('.', '_').upper()}": dotted for dotted in KEYS}
+FLAGS = {
+    "--socket": "server.socket",
+    "--runtime-dir": "server.runtime_dir",
+    "--state-dir": "server.state_dir",
+    "--cpu-bytes": "cpu.bytes",
+    "--nvme-bytes": "nvme.bytes",
+}
+
+
+# Sources: each yields (where from, section.key, value).
+
+
+def from_file(file: Path | None) -> Iterator[tuple[str, str, Any]]:
+    if file is None:
+        return
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(FILE_BYTES_MAX + 1)
+        if len(data) > FILE_BYTES_MAX:
+            raise Invalid(
+                f"{file}: is over the maximum of {size_text(FILE_BYTES_MAX)}: give the right file with --config"
+            )
+        document = tomllib.loads(data.decode())
+    except OSError as error:
+        raise Invalid(f"{file}: cannot be read ({error.strerror}): give another file with --config") from error
+    except ValueError as error:
+        raise Invalid(f"{file}: is not TOML in UTF-8: {error}; correct it there") from error
+    for section, table in document.items():
+        if section not in SECTIONS or not isinstance(table, dict):
+            unknown(str(file), section, table)
+        for name, value in table.items():
+            yield str(file), f"{section}.{name}", value
+
+
+def from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    ours = tuple(f"TIERD_{section.upper()}_" for section in SECTIONS)
+    for variable, value in environ.items():
+        if variable in VARIABLES:
+            yield f"environment variable {variable}", VARIABLES[variable], value
+        elif variable.startswith("TIERD_"):
+            # Other names are not ours to judge (TIERD_SOCKET is the client's, orchestrators set TIERD_PORT).
+            near = get_close_matches(variable, VARIABLES, 1, 0.85)
+            if near or variable.startswith(ours):
+                hint = f"did you mean {near[0]}?" if near else "its name must be TIERD_<SECTION>_<KEY>; unset it"
+                raise Invalid(f"environment variable {variable} = {value!r} is no key of tierd: {hint}")
+
+
+def from_flags(flags: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    for name, value in flags.items():
+        dotted = FLAGS.get(name, name)
+        is_path = dotted in KEYS and KEYS[dotted]["parse"] is path
+        source = f"flag {name}" if name in FLAGS else "flag --set"
+        yield source, dotted, os.path.abspath(value) if is_path and value else value
+
+
+def parse_value(source: str, dotted: str, value: Any) -> Any:
+    if dotted not in KEYS:
+        unknown(source, dotted, value)
+    if value is None:
+        return None
+    try:
+        return KEYS[dotted]["parse"](value)
+    except ValueError as error:
+        raise Invalid(f"{source}: {dotted} = {value!r} {error}") from None
+
+
+def unknown(source: str, dotted: str, value: Any) -> NoReturn:
+    section = dotted.partition(".")[0]
+    if near := get_close_matches(dotted, [*KEYS, *SECTIONS], 1, 0.7):
+        hint = f"did you mean {near[0]}?"
+    elif section in SECTIONS:
+        hint = f"the keys of [{section}] are {', '.join(k.name for k in fields(SECTIONS[section]))}"
+    else:
+        hint = f"the sections are {', '.join(SECTIONS)}"
+    raise Invalid(f"{source}: {dotted} = {value!r} is no key of tierd: {hint}")
+
+
+# Defaults that depend on the user, and rules over several keys.
+
+
+def default_file(environ: Mapping[str, str], uid: int) -> Path | None:
+    """The user's own file before the system's; None when there is neither. Root uses the system's only."""
+    home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
+    candidates = [Path(home, "tierd/tierd.toml")] if uid else []
+    return next((file for file in [*candidates, Path("/etc/tierd/tierd.toml")] if file.exists()), None)
+
+
+def fill_paths(values: dict[str, Any], environ: Mapping[str, str], uid: int) -> None:
+    runtime = values["server.runtime_dir"] = values["server.runtime_dir"] or default_runtime_dir(environ, uid)
+    state = values["server.state_dir"] = values["server.state_dir"] or default_state_dir(environ, uid)
+    values["server.socket"] = values["server.socket"] or runtime / "tierd.sock"
+    values["server.admin_socket"] = values["server.admin_socket"] or runtime / "admin.sock"
+    values["nvme.path"] = values["nvme.path"] or state / "nvme"
+
+
+def default_runtime_dir(environ: Mapping[str, str], uid: int) -> Path:
+    if uid == 0:
+        return Path("/run/tierd")
+    if os.path.isabs(environ.get("XDG_RUNTIME_DIR", "")):
+        return Path(environ["XDG_RUNTIME_DIR"], "tierd")
+    fallback = Path(f"/tmp/tierd-{uid}")
+    # Anybody can create this name in /tmp before us, and sockets of theirs in it.
+    if fallback.is_symlink() or (fallback.exists() and fallback.stat().st_uid != uid):
+        raise Invalid(f"{fallback} does not belong to uid {uid}: set XDG_RUNTIME_DIR or give --runtime-dir")
+    return fallback
+
+
+def default_state_dir(environ: Mapping[str, str], uid: int) -> Path:
+    if uid == 0:
+        return Path("/var/lib/tierd")
+    if os.path.isabs(environ.get("XDG_STATE_HOME", "")):
+        return Path(environ["XDG_STATE_HOME"], "tierd")
+    if os.path.isabs(environ.get("HOME", "")):
+        return Path(environ["HOME"], ".local/state/tierd")
+    raise Invalid("neither XDG_STATE_HOME nor HOME says where state belongs: give --state-dir")
+
+
+def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
+    def named(dotted: str) -> str:
+        return f"{dotted} = {as_written(dotted, values[dotted])} ({sources.get(dotted, 'default')})"
+
+    def refuse_over(small: str, large: str, factor: int = 1, note: str = "") -> None:
+        if values[small] * factor > values[large]:
+            raise Invalid(f"{named(small)}{note} is over {named(large)}: lower the first or raise the second")
+
+    refuse_over("cpu.segment_bytes", "cpu.bytes")
+    if values["nvme.bytes"]:
+        refuse_over("nvme.segment_bytes", "nvme.bytes")
+    refuse_over("limits.hello_frame_bytes_max", "limits.frame_bytes_max")
+    # A request carries 32 bytes of hash a block; one more for each leaves ample room for the rest of its frame.
+    refuse_over("limits.blocks_per_request_max", "limits.frame_bytes_max", 33, " times 33 bytes")
+    for dotted in ("server.socket", "server.admin_socket"):
+        if (length := len(os.fsencode(values[dotted]))) > SOCKET_PATH_BYTES_MAX:
+            remedy = f"a socket's path has at most {SOCKET_PATH_BYTES_MAX}: set a shorter server.runtime_dir"
+            raise Invalid(f"{named(dotted)} has {length} bytes, {remedy}")
+    if values["server.socket"] == values["server.admin_socket"]:
+        raise Invalid(f"{named('server.socket')} is also {named('server.admin_socket')}: give them different names")
+
+
+def as_written(dotted: str, value: Any) -> Any:
+    """A value in the form in which the example file has it: sizes with units, modes in octal, paths as text."""
+    if isinstance(value, int) and isinstance(KEYS[dotted]["default"], str):
+        return f"{value:04o}" if KEYS[dotted]["parse"] is file_mode else size_text(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def make_directory(dotted: str, directory: Path, mode: int) -> None:
+    try:
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        found = directory.stat()
+    except OSError as error:
+        raise Invalid(f"{dotted} = {directory} cannot be made ({error.strerror}): set another path") from error
+    if found.st_uid != os.getuid() or found.st_mode & 0o002:
+        owner = f"belongs to uid {found.st_uid} with mode {found.st_mode & 0o7777:04o}"
+        raise Invalid(f"{dotted} = {directory} {owner}: it must be uid {os.getuid()}'s, and not writable by others")

@@ -1,0 +1,223 @@
+"""The slots of one namespace in one tier: which are free, who uses the others, and in which segment each one lies.
+
+Slots are numbered through all segments: number = ordinal * slots_per_segment + index in the segment. A slot is
+FREE -> FILLING (taken, someone writes) -> READY (in the index) -> FREE; READY -> RETIRED when its block left the index while
+someone still uses it, and QUARANTINED when its medium lied. **A slot goes back to the free ones only with no users**; users
+are leases and transfers (the holder bits in the segment's directory are their shadow that outlives the daemon).
+
+The directory of a segment is written here and nowhere else in the core, in the order that recovery relies on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Slots = NDArray[np.int32]
+
+ABSENT, FREE, FILLING, READY, RETIRED, QUARANTINED = range(6)
+STATES = ("absent", "free", "filling", "ready", "retired", "quarantined")
+
+
+class Directory(Protocol):
+    """What the core needs of a segment's directory; slots are indexes in the segment (int32[n])."""
+
+    def begin(self, slots: Slots, hashes: bytes, parents: bytes) -> object: ...
+    def ready(self, slots: Slots) -> None: ...
+    def free(self, slots: Slots) -> None: ...
+    def hold(self, slots: Slots, bit: int) -> None: ...
+    def unhold(self, slots: Slots, bit: int) -> None: ...
+    def touch(self, slots: Slots, last_use: NDArray[np.uint64] | int, use_counts: NDArray[np.uint32] | int) -> None: ...
+
+
+class Pool:
+    """Slots of one (namespace, tier). Arrays `users` and `state` are indexed by slot number."""
+
+    def __init__(self, slots_per_segment: int) -> None:
+        self.slots_per_segment = slots_per_segment
+        self.segments: dict[int, Directory] = {}
+        self.closing: set[int] = set()
+        """Ordinals that take no new blocks because their segment is being given up."""
+        self.users: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.state: NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self.last_use: dict[int, int] = {}
+        """Latest use of anything in a segment, by ordinal."""
+        self._stack: Slots = np.zeros(0, np.int32)
+        self._free = 0
+
+    @property
+    def free(self) -> int:
+        """Slots that can be taken at once."""
+        return self._free
+
+    @property
+    def slots(self) -> int:
+        """Slots of all segments that are not being given up."""
+        return (len(self.segments) - len(self.closing)) * self.slots_per_segment
+
+    def add_segment(self, directory: Directory, now: int) -> int:
+        """Add a segment of free slots; returns its ordinal."""
+        ordinal = next(at for at in range(len(self.segments) + 1) if at not in self.segments)
+        first, last = ordinal * self.slots_per_segment, (ordinal + 1) * self.slots_per_segment
+        if last > len(self.users):
+            grown = max(last, 2 * len(self.users))
+            self.users = _resized(self.users, grown)
+            self.state = _resized(self.state, grown)
+            self._stack = _resized(self._stack, grown)
+        self.segments[ordinal] = directory
+        self.last_use[ordinal] = now
+        self.state[first:last] = FREE
+        self._push(np.arange(first, last, dtype=np.int32))
+        return ordinal
+
+    def take(self, count: int) -> Slots:
+        """Take up to `count` free slots: FILLING, with one user (the taker)."""
+        count = min(count, self._free)
+        self._free -= count
+        taken = self._stack[self._free : self._free + count].copy()
+        self.state[taken] = FILLING
+        self.users[taken] = 1
+        return taken
+
+    def claim(self, slots: Slots, state: int) -> None:
+        """Take given free slots, as recovery found them (READY, or RETIRED for what only waits for its holders)."""
+        self.state[slots] = state
+        free = self._stack[: self._free]
+        free = free[self.state[free] == FREE]
+        self._free = len(free)
+        self._stack[: self._free] = free
+
+    def begin(self, slots: Slots, hashes: bytes, parents: bytes) -> None:
+        """Write FILLING and the identities (packed 32-byte hashes) of taken slots."""
+        for ordinal, local, where in self.by_segment(slots):
+            self.segments[ordinal].begin(local, _select(hashes, where), _select(parents, where))
+
+    def ready(self, slots: Slots) -> None:
+        """Publish filled slots; the filler's use ends."""
+        assert (self.state[slots] == FILLING).all(), "only a filling slot can become ready"
+        self.state[slots] = READY
+        self.users[slots] -= 1
+        for ordinal, local, _ in self.by_segment(slots):
+            self.segments[ordinal].ready(local)
+
+    def use(self, slots: Slots) -> None:
+        """One more user of each slot."""
+        self.users[slots] += 1
+
+    def unuse(self, slots: Slots) -> None:
+        """One user less; retired slots without users become free."""
+        users = self.users[slots] - 1
+        assert users.min(initial=0) >= 0, "a slot was given back more often than it was used"
+        self.users[slots] = users
+        done = slots[(users == 0) & (self.state[slots] == RETIRED)]
+        if len(done):
+            self._release(done)
+
+    def give(self, slots: Slots) -> None:
+        """The filler gives its slots back unwritten, or with bytes that nobody may see."""
+        self.state[slots] = RETIRED
+        self.unuse(slots)
+
+    def retire(self, slots: Slots) -> None:
+        """The blocks left the index: free at once what nobody uses, the rest with its last user."""
+        self.state[slots] = RETIRED
+        done = slots[self.users[slots] == 0]
+        if len(done):
+            self._release(done)
+
+    def quarantine(self, slots: Slots) -> None:
+        """Never use these slots again in this life; on the medium they are free."""
+        self.state[slots] = QUARANTINED
+        for ordinal, local, _ in self.by_segment(slots):
+            self.segments[ordinal].free(local)
+
+    def hold(self, slots: Slots, bit: int) -> None:
+        """Set a session's holder bit, before it is told the slots."""
+        for ordinal, local, _ in self.by_segment(slots):
+            self.segments[ordinal].hold(local, bit)
+
+    def unhold(self, slots: Slots, bit: int) -> None:
+        """Clear a session's holder bit."""
+        for ordinal, local, _ in self.by_segment(slots):
+            self.segments[ordinal].unhold(local, bit)
+
+    def close_segment(self, ordinal: int) -> None:
+        """Stop using a segment for new blocks; its blocks must be retired by the caller."""
+        self.closing.add(ordinal)
+        free = self._stack[: self._free]
+        free = free[free // self.slots_per_segment != ordinal]
+        self._free = len(free)
+        self._stack[: self._free] = free
+
+    def is_idle(self, ordinal: int) -> bool:
+        """Whether nobody uses any slot of the segment."""
+        first = ordinal * self.slots_per_segment
+        return not self.users[first : first + self.slots_per_segment].any()
+
+    def remove_segment(self, ordinal: int) -> Directory:
+        """Forget an idle, closing segment."""
+        assert ordinal in self.closing and self.is_idle(ordinal), f"segment {ordinal} is in use"
+        first = ordinal * self.slots_per_segment
+        self.state[first : first + self.slots_per_segment] = ABSENT
+        self.closing.discard(ordinal)
+        del self.last_use[ordinal]
+        return self.segments.pop(ordinal)
+
+    def touched(self, slots: Slots, now: int) -> None:
+        """Note the use of slots for the choice of a segment to give up."""
+        for ordinal in np.flatnonzero(np.bincount(slots // self.slots_per_segment)).tolist():
+            self.last_use[ordinal] = now
+
+    def counts(self) -> dict[str, int]:
+        """Slots by state."""
+        found = np.bincount(self.state, minlength=len(STATES)).tolist()
+        return dict(zip(STATES[1:], found[1:], strict=True))
+
+    def by_segment(self, slots: Slots) -> Iterator[tuple[int, Slots, NDArray[np.intp] | slice]]:
+        """Group slot numbers: (ordinal, indexes in the segment, where they stand in `slots`)."""
+        if not len(slots):
+            return
+        ordinals = slots // self.slots_per_segment
+        if ordinals[0] == ordinals[-1] and (ordinals == ordinals[0]).all():
+            yield int(ordinals[0]), slots - ordinals[0] * self.slots_per_segment, slice(None)
+            return
+        for ordinal in np.flatnonzero(np.bincount(ordinals)).tolist():
+            where = np.flatnonzero(ordinals == ordinal)
+            yield ordinal, slots[where] - ordinal * self.slots_per_segment, where
+
+    def check(self) -> None:
+        """Raise AssertionError if the accounting is off."""
+        free = self._stack[: self._free]
+        assert len(np.unique(free)) == len(free) and (self.state[free] == FREE).all(), "the free stack is wrong"
+        closing = np.isin(np.arange(len(self.state)) // self.slots_per_segment, list(self.closing))
+        assert ((self.state == FREE) & ~closing).sum() == self._free, "free slots are lost"
+        assert not self.users[self.state == FREE].any(), "a free slot has users"
+        assert (self.users >= 0).all(), "negative users"
+        assert (self.users[self.state == RETIRED] > 0).all(), "a retired slot without users was not freed"
+
+    def _release(self, slots: Slots) -> None:
+        self.state[slots] = FREE
+        for ordinal, local, _ in self.by_segment(slots):
+            self.segments[ordinal].free(local)
+        if self.closing:
+            slots = slots[~np.isin(slots // self.slots_per_segment, list(self.closing))]
+        self._push(slots)
+
+    def _push(self, slots: Slots) -> None:
+        self._stack[self._free : self._free + len(slots)] = slots
+        self._free += len(slots)
+
+
+def _resized(array: NDArray, size: int) -> NDArray:  # type: ignore[type-arg]
+    grown = np.zeros(size, array.dtype)
+    grown[: len(array)] = array
+    return grown
+
+
+def _select(hashes: bytes, where: NDArray[np.intp] | slice) -> bytes:
+    if isinstance(where, slice):
+        return hashes
+    return np.frombuffer(hashes, "V32")[where].tobytes()

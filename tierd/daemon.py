@@ -1,0 +1,115 @@
+"""The daemon from start to stop: what is opened in order is closed in reverse.
+
+SIGTERM drains: nothing new is taken, what was admitted is written back for at most `drain_seconds_max`, then everything closes.
+A second one stops at once; nothing is lost by that but what was not yet on NVMe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+from contextlib import AsyncExitStack, suppress
+
+import uvloop
+
+from tierd import __version__, clock, log, systemd
+from tierd.admin import Admin
+from tierd.adopt import adopt
+from tierd.config import Config
+from tierd.errors import Busy
+from tierd.exporter import Exporter
+from tierd.keeper import Keeper
+from tierd.layout import Namespace
+from tierd.metrics import Metrics
+from tierd.server import Server
+from tierd.service import Service
+from tierd.space import Space
+from tierd.tiers import io
+from tierd.tiers.io.probe import probe
+from tierd.tiers.state import StateDirectory
+from tierd.tiers.tier import CpuTier, NvmeTier, Tier
+
+logger = log.get_logger("daemon")
+
+
+def run(config: Config) -> int:
+    """Serve until a signal ends it; returns the process's exit code. Raises Invalid and Busy when it cannot start."""
+    log.configure(config.log.level, config.log.format)
+    config.prepare()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(config))
+
+
+async def serve(config: Config) -> int:
+    """The daemon's life on a running loop."""
+    started = clock.monotonic_seconds()
+    stop = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
+        stack.callback(state.close)
+        tiers, path = open_tiers(config, state)
+        keeper = Keeper(tiers, config.nvme.io_threads)
+        stack.push_async_callback(keeper.close)
+
+        def space_of(namespace: Namespace) -> Space:
+            if namespace.id not in keeper.spaces:
+                policy = config.policy
+                space = Space(namespace, tiers, policy.promotion_window_share, config.nvme.write_back)
+                keeper.spaces[namespace.id] = space
+            return keeper.spaces[namespace.id]
+
+        adopted = adopt(tiers, systemd.inherited(), space_of, clock.unix_milliseconds())
+        metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost})
+        service = Service(config, keeper, metrics, space_of)
+        admin = Admin(config, keeper, metrics, path, stop.set)
+        for space in keeper.spaces.values():
+            for session in space.sessions.values():
+                service.watch(session)
+        server = config.server
+        data = Server(server.socket, server.socket_mode, service, config.limits, admin=False)
+        control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
+        for listener in (control, data):
+            await listener.start()
+            stack.push_async_callback(listener.close)
+        if config.metrics.listen:
+            exporter = Exporter(metrics.registry, lambda: (not stop.is_set(), "draining"), config.metrics.listen)
+            exporter.start()
+            stack.callback(exporter.close)
+        background = asyncio.create_task(keeper.run())
+        stack.callback(background.cancel)
+        gc.freeze()  # what lives as long as the daemon is not worth looking through again
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, stop)
+        systemd.ready()
+        seconds = clock.monotonic_seconds() - started
+        logger.info("ready", version=__version__, socket=server.socket, io=path[0], path=path[1], seconds=seconds)
+        await stop.wait()
+        systemd.stopping()
+        logger.info("draining", unwritten=keeper.unwritten())
+        service.drain()
+        with suppress(Busy):
+            await keeper.sync(clock.monotonic_seconds() + config.limits.drain_seconds_max)
+    logger.info("stopped", unwritten=keeper.unwritten())
+    return 0
+
+
+def on_signal(stop: asyncio.Event) -> None:
+    """The first signal drains, the second ends the process where it stands."""
+    if stop.is_set():
+        os._exit(128 + signal.SIGTERM)
+    stop.set()
+
+
+def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple[str, str]]:
+    """The configured tiers, and which io engine and path NVMe is reached by."""
+    tiers: list[Tier] = [CpuTier(config.cpu.bytes, config.cpu.segment_bytes, config.cpu.huge_pages)]
+    nvme = config.nvme
+    if not nvme.bytes:
+        return tiers, ("none", "none")
+    choice = probe(state.nvme_path, nvme.io_engine, nvme.probe_seconds_max, nvme.io_threads)
+    path = "direct" if choice.direct else "buffered"
+    logger.info("io engine", engine=choice.engine, path=path, reason=choice.reason)
+    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, io.make(choice.engine, nvme.io_threads)))
+    return tiers, (choice.engine, path)

@@ -1,0 +1,259 @@
+"""Keeps every space supplied with segments, within the tiers' bytes, and NVMe supplied with what was committed.
+
+- A space grows ahead of need, off the loop, while its tier has bytes left; a request waits only for the first segment.
+- When a tier is full, a space lives inside its own segments. One that has none is given the coldest segment of another space,
+  and one whose own coldest block is warmer than that segment takes it over in the background.
+- A memory segment changes hands by dying: its blocks leave the index, its last user lets go, every client that maps it
+  answers `detach` (or dies), and only then its bytes are free for a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from tierd import clock
+from tierd.core.cache import LOWER, UPPER
+from tierd.core.plan import WRITE_BACK, Transfer
+from tierd.errors import Busy, TierdError
+from tierd.log import get_logger
+from tierd.mover import Mover
+from tierd.space import Arena, Space
+from tierd.tiers.tier import Tier
+
+log = get_logger("keeper")
+WRITE_BACK_BYTES = 32 << 20
+"""Size of one write-back transfer."""
+WRITE_BACKS_MAX = 4
+"""Write-back transfers under way at a time."""
+POLL_SECONDS = 0.005
+PAUSE_SECONDS = 2.0
+"""How long a tier that had no room on its medium is not asked again."""
+HANDOVER_SECONDS_MAX = 30.0
+RECENCY_SECONDS = 1.0
+
+
+class Keeper:
+    """Background work of all spaces: growing, handing over, writing back, noting recency."""
+
+    def __init__(self, tiers: list[Tier], io_threads: int) -> None:
+        self.tiers = tiers
+        self.spaces: dict[bytes, Space] = {}
+        self.mover = Mover(io_threads, self._moved)
+        self.handovers = 0
+        self._paused_until = [0.0 for _ in tiers]
+        self._handing: list[asyncio.Task[bool] | None] = [None for _ in tiers]
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
+
+    # -- write-back ---------------------------------------------------------------------------------------------------
+
+    def pump(self, space: Space) -> None:
+        """Start what the cache of a space has decided, and as much write-back as fits under way."""
+        cache = space.cache
+        while cache.planned:
+            self.mover.submit(space, cache.planned.pop(0))
+        lower = space.lower
+        if lower is None or self._closing or self._is_paused(LOWER):
+            return
+        blocks = max(1, min(128, WRITE_BACK_BYTES // lower.geometry.slot_bytes))
+        while cache.write_back.queue and self.mover.in_flight[WRITE_BACK] < WRITE_BACKS_MAX:
+            if lower.pool.free < blocks:
+                if self.can_grow(lower):
+                    self._background(self._grow_and_pump(space, lower))
+                    return
+                self._rebalance(space, LOWER)
+            if not lower.segments or not cache.plan_write_back(blocks):
+                return
+            while cache.planned:
+                self.mover.submit(space, cache.planned.pop(0))
+
+    async def _grow_and_pump(self, space: Space, arena: Arena) -> None:
+        await self.grow(space, arena)
+        self.pump(space)
+
+    def _moved(self, space: Space, transfer: Transfer) -> None:
+        if transfer.reason == WRITE_BACK:
+            for other in self.spaces.values():
+                self.pump(other)
+        else:
+            self.pump(space)
+
+    def unwritten(self) -> int:
+        """Write-backs that are queued or under way."""
+        queued = sum(len(space.cache.write_back.queue) for space in self.spaces.values() if space.lower)
+        return queued + self.mover.in_flight[WRITE_BACK]
+
+    async def sync(self, deadline: float) -> None:
+        """Wait until all that was admitted is on NVMe; raises Busy at the deadline (monotonic seconds)."""
+        while self.unwritten():
+            if clock.monotonic_seconds() > deadline:
+                raise Busy(f"sync: {self.unwritten()} runs are still to be written; ask again with a longer deadline")
+            for space in self.spaces.values():
+                self.pump(space)
+            await asyncio.sleep(POLL_SECONDS)
+
+    # -- growing ------------------------------------------------------------------------------------------------------
+
+    def can_grow(self, arena: Arena) -> bool:
+        """Whether the tier has bytes for one more segment of this arena, and its medium did not just refuse one."""
+        at = self.tiers.index(arena.tier)
+        budget = arena.tier.budget
+        fits = budget.used + arena.geometry.total_bytes <= budget.most
+        return (fits or arena.growing is not None) and not self._closing and not self._is_paused(at)
+
+    async def grow(self, space: Space, arena: Arena) -> bool:
+        """Add one segment; many callers at a time share one growth. Returns whether there is one more."""
+        if arena.growing is None:
+            if not arena.tier.budget.reserve(arena.geometry.total_bytes):
+                return False
+            arena.growing = self._background(self._create(space, arena))
+        return await asyncio.shield(arena.growing)
+
+    async def _create(self, space: Space, arena: Arena) -> bool:
+        """Make a segment whose bytes are reserved."""
+        try:
+            segment = await asyncio.to_thread(arena.tier.create, space.namespace)
+        except TierdError as error:
+            arena.tier.budget.release(arena.geometry.total_bytes)
+            self._paused_until[self.tiers.index(arena.tier)] = clock.monotonic_seconds() + PAUSE_SECONDS
+            log.warning("tier cannot grow", tier=arena.tier.name, reason=str(error))
+            return False
+        finally:
+            arena.growing = None
+        arena.add(segment, clock.unix_milliseconds())
+        return True
+
+    async def supply(self, space: Space, wanted: int) -> None:
+        """See that a store of `wanted` blocks finds slots: grow while possible, else take a first segment from another space."""
+        arena = space.upper
+        while arena.pool.free < wanted and self.can_grow(arena):
+            if not await self.grow(space, arena):
+                break
+        if not arena.pool.slots:
+            await self._take_over(space, UPPER)
+
+    def supply_ahead(self, space: Space) -> None:
+        """After a store: grow, or take over colder memory, before the next one needs it."""
+        arena = space.upper
+        if arena.pool.free < arena.pool.slots_per_segment // 2:
+            if self.can_grow(arena):
+                if arena.growing is None:
+                    self._background(self.grow(space, arena))
+            else:
+                self._rebalance(space, UPPER)
+
+    def _is_paused(self, tier: int) -> bool:
+        return clock.monotonic_seconds() < self._paused_until[tier]
+
+    # -- handing over -------------------------------------------------------------------------------------------------
+
+    def _rebalance(self, space: Space, tier: int) -> None:
+        """In a full tier, start to take over a segment that is colder than all that this space has."""
+        if self._handing[tier] is None and len(self.spaces) > 1 and self._victim(space, tier):
+            self._handing[tier] = self._background(self._hand_over(space, tier))
+
+    async def _take_over(self, space: Space, tier: int) -> None:
+        """A space without a segment gets one, or Busy."""
+        deadline = clock.monotonic_seconds() + HANDOVER_SECONDS_MAX
+        while not space.arenas[tier].segments:
+            if self._handing[tier] is None:
+                if not self._victim(space, tier):
+                    raise Busy(f"every segment of the {self.tiers[tier].name} tier is in use by other namespaces")
+                self._handing[tier] = self._background(self._hand_over(space, tier))
+            if (task := self._handing[tier]) is not None:
+                await asyncio.wait([task], timeout=max(0.0, deadline - clock.monotonic_seconds()))
+            if clock.monotonic_seconds() >= deadline:
+                raise Busy(f"no segment of the {self.tiers[tier].name} tier came free in {HANDOVER_SECONDS_MAX} seconds")
+
+    def _victim(self, taker: Space, tier: int) -> tuple[Space, int] | None:
+        """The coldest segment of another space that the taker deserves more, or None."""
+        need = not taker.arenas[tier].segments
+        best: tuple[int, Space, int] | None = None
+        for space in self.spaces.values():
+            pool = space.arenas[tier].pool
+            if space is taker or (not need and space.sessions and len(pool.segments) <= 1):
+                continue
+            for ordinal, last_use in pool.last_use.items():
+                if ordinal not in pool.closing and (best is None or last_use < best[0]):
+                    best = (last_use, space, ordinal)
+        if best is None or (not need and best[0] >= taker.coldest(tier)):
+            return None
+        return best[1], best[2]
+
+    async def _hand_over(self, taker: Space, tier: int) -> bool:
+        try:
+            while (choice := self._victim(taker, tier)) is not None:
+                await self._kill(*choice, tier)
+                if await self.grow(taker, taker.arenas[tier]):
+                    self.handovers += 1
+                    self.pump(taker)
+                    return True
+            return False
+        finally:
+            self._handing[tier] = None
+
+    async def _kill(self, space: Space, ordinal: int, tier: int) -> None:
+        """Vacate a segment, wait for its users and mappers, and give its bytes back."""
+        arena = space.arenas[tier]
+        space.cache.vacate(tier, ordinal)
+        while not arena.pool.is_idle(ordinal):
+            await asyncio.sleep(POLL_SECONDS)
+        if tier == UPPER:
+            await self._unmap(space, ordinal)
+        segment = arena.remove(ordinal)
+        await asyncio.to_thread(arena.tier.discard, segment)
+        arena.tier.budget.release(arena.geometry.total_bytes)
+
+    async def _unmap(self, space: Space, ordinal: int) -> None:
+        """Have every client unmap a segment; a client that does not answer keeps it until its process is gone."""
+        segment_id = space.upper.segments[ordinal].segment_id
+        entry = {"tier": "cpu", "ordinal": ordinal, "segment": segment_id}
+        while mappers := space.mappers(segment_id):
+            for session in mappers:
+                if session.events is not None and segment_id not in session.waiting_detach:
+                    session.waiting_detach.add(segment_id)
+                    session.events.send({"id": 0, "push": "detach", "segments": [entry]})
+            await asyncio.sleep(POLL_SECONDS)
+
+    # -- the rest -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled: write recency to the directories once in a while, and restart what was paused."""
+        while True:
+            await asyncio.sleep(RECENCY_SECONDS)
+            for space in list(self.spaces.values()):
+                self.note_recency(space)
+                self.pump(space)
+
+    def note_recency(self, space: Space) -> None:
+        """Write last use and use counts of what was touched since the last time to the directories."""
+        touched, space.cache.index.touched = space.cache.index.touched, {}
+        for node in touched:
+            for arena, row in zip(space.arenas, node.slots, strict=True):
+                for ordinal, local, _ in arena.pool.by_segment(row[row >= 0]):
+                    arena.pool.segments[ordinal].touch(local, node.last_use, node.uses)
+
+    async def close(self) -> None:
+        """Stop background work and wait for transfers under way; segments stay as they are."""
+        self._closing = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.mover.close()
+        for space in self.spaces.values():
+            self.note_recency(space)
+            for segment in space.lower.segments.values() if space.lower else ():
+                segment.close()
+
+    def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background work failed", error=repr(error))

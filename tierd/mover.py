@@ -1,0 +1,139 @@
+"""Moves blocks between tiers, in worker threads: demand loads before prefetches before write-back.
+
+A transfer is cut into parts, one list of blocks per thread, so that every thread keeps the medium busy with one list and
+nobody pays for a future per block. Who copies: the medium's DMA engine, straight between the slots of the memory segment
+and the file; the daemon only digests what passes. A transfer that was submitted always ends in `Space.finish`, whatever
+happens to those who wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd import clock
+from tierd.core.plan import IO_ERROR, MISMATCH, OK, REASONS, WRITE_BACK, Transfer
+from tierd.log import get_logger
+from tierd.space import Space
+from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK
+
+log = get_logger("mover")
+OUTCOME = np.zeros(3, np.uint8)
+OUTCOME[[READ_OK, READ_FAILED, READ_DAMAGED]] = OK, IO_ERROR, MISMATCH
+
+
+class Mover:
+    """Owns the io threads and the queue of parts. `finished` is called on the loop after each transfer."""
+
+    def __init__(self, threads: int, finished: Callable[[Space, Transfer], None]) -> None:
+        self.threads = threads
+        self.in_flight: Counter[str] = Counter()
+        """Transfers by reason."""
+        self.moved: Counter[tuple[str, str, str]] = Counter()
+        """Bytes by (reason, source, target)."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """Busy thread seconds by reason."""
+        self._finished = finished
+        self._pool = ThreadPoolExecutor(threads, "tierd-io")
+        self._free = threads
+        self._queue: list[tuple[int, int, _Job, NDArray[np.intp]]] = []
+        self._order = count()
+        self._tasks: set[asyncio.Future[None]] = set()
+
+    @property
+    def queued(self) -> int:
+        """Parts that wait for a thread."""
+        return len(self._queue)
+
+    def submit(self, space: Space, transfer: Transfer) -> None:
+        """Start a transfer; on the loop only."""
+        self.in_flight[transfer.reason] += 1
+        job = _Job(space, transfer)
+        parts = np.array_split(np.arange(len(transfer)), min(self.threads, len(transfer)))
+        job.parts = len(parts)
+        for part in parts:
+            heapq.heappush(self._queue, (REASONS.index(transfer.reason), next(self._order), job, part))
+        self._start()
+
+    async def close(self) -> None:
+        """Wait for what is under way: a started part cannot be stopped. What is queued is forgotten, as by a crash."""
+        self._queue.clear()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self._pool.shutdown()
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._free and self._queue:
+            _, _, job, part = heapq.heappop(self._queue)
+            self._free -= 1
+            task = loop.run_in_executor(self._pool, job.run, part)
+            wrapped = asyncio.ensure_future(self._attend(job, part, task))
+            self._tasks.add(wrapped)
+            wrapped.add_done_callback(self._tasks.discard)
+
+    async def _attend(self, job: _Job, part: NDArray[np.intp], task: asyncio.Future[NDArray[np.uint8]]) -> None:
+        started = clock.monotonic_seconds()
+        try:
+            outcome = await task
+        except Exception:
+            log.exception("transfer failed", transfer=job.transfer.id, reason=job.transfer.reason)
+            outcome = np.full(len(part), IO_ERROR, np.uint8)
+        self._free += 1
+        self.seconds[job.transfer.reason] += clock.monotonic_seconds() - started
+        self._end(job, part, outcome)
+        self._start()
+
+    def _end(self, job: _Job, part: NDArray[np.intp], outcome: NDArray[np.uint8]) -> None:
+        transfer = job.transfer
+        job.outcome[part] = outcome
+        job.parts -= 1
+        moved = int((outcome == OK).sum()) * job.space.upper.geometry.payload_bytes
+        self.moved[transfer.reason, transfer.source, transfer.target] += moved
+        if not job.parts:
+            self.in_flight[transfer.reason] -= 1
+            job.space.finish(transfer, job.outcome, clock.unix_milliseconds())
+            self._finished(job.space, transfer)
+
+
+class _Job:
+    """A transfer under way."""
+
+    def __init__(self, space: Space, transfer: Transfer) -> None:
+        self.space, self.transfer = space, transfer
+        self.outcome = np.full(len(transfer), IO_ERROR, np.uint8)
+        self.parts = 0
+
+    def __lt__(self, other: _Job) -> bool:
+        return False
+
+    def run(self, part: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """Move some of the blocks; in a worker thread."""
+        transfer, upper, lower = self.transfer, self.space.upper, self.space.lower
+        assert lower is not None
+        writing = transfer.reason == WRITE_BACK
+        above = (transfer.source_slots if writing else transfer.target_slots)[part]
+        below = (transfer.target_slots if writing else transfer.source_slots)[part]
+        payloads = upper.payloads(above)
+        outcome = np.full(len(part), IO_ERROR, np.uint8)
+        for ordinal, local, where in lower.pool.by_segment(below):
+            segment = lower.segments[ordinal]
+            chosen = np.arange(len(part))[where]
+            memory = [payloads[at] for at in chosen.tolist()]
+            if writing:
+                hashes, parents = _pick(transfer.hashes, part[chosen]), _pick(transfer.parents, part[chosen])
+                outcome[chosen] = np.where(segment.write(local, memory, hashes, parents), OK, IO_ERROR)
+            else:
+                outcome[chosen] = OUTCOME[segment.read(local, memory)]
+        return outcome
+
+
+def _pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
+    return np.frombuffer(hashes, "V32")[positions].tobytes()

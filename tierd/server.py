@@ -1,0 +1,421 @@
+"""The daemon's end of the sockets: accepts peers, cuts frames, asks the handler, sends replies with or without descriptors.
+
+One callback per wake-up reads what is there and answers every complete frame at once; only a handler that returns an
+awaitable costs a task. Rule of this file: a peer can close its own connection by what it sends or does not read, and can do
+nothing to the others.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import os
+import socket
+import stat
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+from tierd.errors import Busy, Closed, Invalid, TierdError
+from tierd.log import get_logger
+from tierd.wire.framing import FrameReader, decode, frame
+from tierd.wire.messages import ADMIN, DATA, OPENING, Request, check, failure, request_id
+from tierd.wire.peer import Peer, peer_of
+
+SOCKET_BUFFER_BYTES = 1 << 20
+BACKLOG = 128
+ACCEPT_PAUSE_SECONDS = 1.0
+REQUESTS_WAITING_MAX = 256
+"""Requests of one connection that wait for something; one more is answered busy."""
+CONNECTIONS_PER_SESSION = 2
+DESCRIPTORS_PER_FRAME_MAX = 253
+
+log = get_logger("server")
+
+
+class Limits(Protocol):
+    """The part of `config.Limits` that the server keeps to."""
+
+    @property
+    def frame_bytes_max(self) -> int: ...
+    @property
+    def hello_frame_bytes_max(self) -> int: ...
+    @property
+    def sessions_max(self) -> int: ...
+    @property
+    def wait_seconds_max(self) -> float: ...
+
+
+Result = dict[str, Any] | None
+
+
+class Handler(Protocol):
+    """What answers requests. All methods are called on the event loop and must not block it."""
+
+    def connected(self, connection: Connection) -> None:
+        """A peer is there; raise a TierdError to refuse it (then `disconnected` is not called)."""
+
+    def request(self, connection: Connection, request: Request) -> Result | Awaitable[Result]:
+        """Answer a checked request: the reply's fields (None: no fields), or an awaitable of them; raise a TierdError to refuse.
+
+        An awaitable is cancelled when its deadline passes or its connection ends: shield what must not be.
+        """
+
+    def disconnected(self, connection: Connection) -> None:
+        """The connection has ended, whoever ended it. Called once, never from within `send` or `close`."""
+
+
+class Server:
+    """Listens on one Unix socket until `close`; `admin` serves the admin verbs, to root and the daemon's own user only."""
+
+    def __init__(self, path: Path, mode: int, handler: Handler, limits: Limits, admin: bool = False) -> None:
+        self.path = path
+        self.mode = mode
+        self.handler = handler
+        self.limits = limits
+        self.admin = admin
+        self.verbs = ADMIN if admin else DATA
+        self.connections_max = CONNECTIONS_PER_SESSION * limits.sessions_max
+        self.connections: set[Connection] = set()
+        self._ids = count(1)
+        self._listener: socket.socket | None = None
+
+    def __repr__(self) -> str:
+        return f"<Server {self.path}: {len(self.connections)} of {self.connections_max} connections>"
+
+    async def start(self) -> None:
+        """Listen. Raises Invalid when the path cannot be used or another daemon listens there."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = listen(self.path, self.mode)
+        self._inode = os.stat(self.path).st_ino
+        self._loop.add_reader(self._listener, self._accept)
+        log.info("listening", socket=self.path)
+
+    async def close(self) -> None:
+        """Stop listening, end all connections and wait for their requests; removes the socket if it is still ours."""
+        if self._listener is None:
+            return
+        self._loop.remove_reader(self._listener)
+        with suppress(FileNotFoundError):
+            if os.stat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+        self._listener.close()
+        self._listener = None
+        tasks = [task for connection in self.connections for task in connection.tasks]
+        for connection in list(self.connections):
+            connection.close("the daemon is stopping")
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # what `disconnected` was scheduled for has happened after this
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        for _ in range(BACKLOG):
+            try:
+                accepted, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._pause_accepting(error)
+                return
+            self._admit(accepted)
+
+    def _admit(self, accepted: socket.socket) -> None:
+        accepted.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            accepted.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        peer = None
+        try:
+            if len(self.connections) >= self.connections_max:
+                raise Busy(f"{len(self.connections)} connections are open, the maximum: raise limits.sessions_max")
+            peer = peer_of(accepted)
+            if self.admin and peer.uid not in (0, os.geteuid()):
+                raise Invalid(f"only root and uid {os.geteuid()} may use the admin socket, not uid {peer.uid}")
+            connection = Connection(self, next(self._ids), accepted, peer)
+            self.handler.connected(connection)
+        except Exception as error:
+            if isinstance(error, TierdError):
+                log.warning("peer refused", socket=self.path, reason=error)
+            else:
+                log.exception("bug: connected", socket=self.path)
+            with suppress(OSError):
+                accepted.sendmsg(frame(failure(0, known(error))))
+            accepted.close()
+            if peer:
+                os.close(peer.pidfd)
+            return
+        connection.open()
+
+    def _pause_accepting(self, error: OSError) -> None:
+        """Too few descriptors or too little memory: the peers that wait are taken when some came back."""
+        assert self._listener is not None
+        log.error("cannot accept", socket=self.path, reason=error, retry_seconds=ACCEPT_PAUSE_SECONDS)
+        self._loop.remove_reader(self._listener)
+        self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume_accepting)
+
+    def _resume_accepting(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener, self._accept)
+
+
+class Connection:
+    """One connected peer. `id` is unique in the server's life; `state` belongs to the handler."""
+
+    def __init__(self, server: Server, connection_id: int, connected: socket.socket, peer: Peer) -> None:
+        self.id = connection_id
+        self.peer = peer
+        self.state: Any = None
+        self.closed = False
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Requests that wait for something."""
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._socket = connected
+        self._reader = FrameReader(server.limits.hello_frame_bytes_max)
+        self._unsent: deque[Unsent] = deque()
+        self._unsent_bytes = 0
+        self._hello: str | None = "" if server.admin else None
+        """The verb that opened this connection: None until it came."""
+        self._hello_timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        peer, waiting = self.peer, len(self.tasks)
+        return f"<Connection {self.id}: pid {peer.pid} uid {peer.uid}, {waiting} waiting, {self._unsent_bytes} bytes unsent>"
+
+    def open(self) -> None:
+        """Start to read; called by the server once the handler knows the connection."""
+        self._server.connections.add(self)
+        if self._hello is None:
+            seconds = self._server.limits.wait_seconds_max
+            reason = f"no hello within {seconds:g} s"
+            self._hello_timer = self._loop.call_later(seconds, self._refuse, Busy(reason))
+        self._loop.add_reader(self._socket, self._readable)
+
+    def send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a push or a reply, never blocking; what the peer does not take at once is kept, up to a limit, and then it is closed.
+
+        Descriptors (at most 253) arrive with the frame's first byte; they are the caller's own again when this returns.
+        """
+        assert len(descriptors) <= DESCRIPTORS_PER_FRAME_MAX
+        if self.closed:
+            return
+        parts = [memoryview(part) for part in frame(message)]
+        if not self._unsent:
+            try:
+                parts = after(parts, send_now(self._socket, parts, descriptors))
+                descriptors = ()
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                self.close(f"send failed: {error}")
+                return
+            if not parts:
+                return
+            self._loop.add_writer(self._socket, self._writable)
+        self._unsent.append(Unsent(parts, [os.dup(descriptor) for descriptor in descriptors]))
+        self._unsent_bytes += sum(map(len, parts))
+        if self._unsent_bytes > 2 * self._server.limits.frame_bytes_max:
+            self.close(f"{self._unsent_bytes} bytes unsent: the peer does not read")
+
+    def close(self, reason: str) -> None:
+        """End the connection, and cancel what it waits for; what was not sent yet is dropped."""
+        if self.closed:
+            return
+        self.closed = True
+        log.debug("connection closed", id=self.id, pid=self.peer.pid, reason=reason)
+        if self._hello_timer:
+            self._hello_timer.cancel()
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        for unsent in self._unsent:
+            unsent.close()
+        self._unsent.clear()
+        for task in self.tasks:
+            task.cancel()
+        self._server.connections.discard(self)
+        self._loop.call_soon(self._say_disconnected)
+
+    def _say_disconnected(self) -> None:
+        try:
+            self._server.handler.disconnected(self)
+        except Exception:
+            log.exception("bug: disconnected", id=self.id)
+        os.close(self.peer.pidfd)
+
+    def _readable(self) -> None:
+        try:
+            received = self._socket.recv_into(self._reader.buffer())
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"receive failed: {error}")
+            return
+        if not received:
+            self.close("the peer closed")
+            return
+        self._reader.feed(received)
+        try:
+            for payload in self._reader:
+                self._take(decode(payload))
+                if self.closed:
+                    return
+        except Invalid as error:
+            self._refuse(error)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        """Answer one message, or start a task that will."""
+        number = 0
+        try:
+            number = request_id(message)
+            request = check(message, self._server.verbs)
+            self._check_opening(request.verb)
+            result = self._server.handler.request(self, request)
+            if result is None or isinstance(result, dict):
+                self._reply(request, result)
+            elif len(self.tasks) < REQUESTS_WAITING_MAX:
+                self._start(request, result)
+            else:
+                if asyncio.iscoroutine(result):
+                    result.close()
+                raise Busy(f"{len(self.tasks)} requests of this connection wait, the maximum: wait for some of them")
+        except Exception as error:
+            self._fail(number, error)
+
+    def _check_opening(self, verb: str) -> None:
+        """The first verb, and only the first, is one of those that open a connection."""
+        if self._hello is None:
+            if verb not in OPENING:
+                raise Invalid(f"{verb}: the first request on a connection must be one of {', '.join(OPENING)}")
+        elif verb in OPENING:
+            raise Invalid(f"{verb}: this connection was opened by {self._hello!r} before; open another one")
+
+    def _start(self, request: Request, result: Awaitable[Result]) -> None:
+        task = self._loop.create_task(self._answer(request, result))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _answer(self, request: Request, result: Awaitable[Result]) -> None:
+        longest = self._server.limits.wait_seconds_max
+        seconds = longest if request.deadline_seconds is None else min(request.deadline_seconds, longest)
+        try:
+            async with asyncio.timeout(seconds) as timeout:
+                fields = await result
+            self._reply(request, fields)
+        except TimeoutError as error:
+            late = Busy(f"{request.verb}: no answer within {seconds:g} s; go on without") if timeout.expired() else error
+            self._fail(request.id, late)
+        except Exception as error:
+            self._fail(request.id, error)
+
+    def _reply(self, request: Request, fields: Result) -> None:
+        if request.verb in OPENING and self._hello is None:
+            self._hello = request.verb
+            self._reader.frame_bytes_max = self._server.limits.frame_bytes_max
+            if self._hello_timer:
+                self._hello_timer.cancel()
+        if request.id:
+            self.send({"id": request.id, "ok": True, **(fields or {})})
+
+    def _fail(self, number: int, error: Exception) -> None:
+        self.send(failure(number, known(error)))
+        if not isinstance(error, TierdError):
+            log.error("bug: request", id=self.id, pid=self.peer.pid, error=repr(error), exc_info=error)
+            self.close("internal error")
+
+    def _refuse(self, error: TierdError) -> None:
+        """Say why, and end the connection."""
+        log.warning("connection refused", id=self.id, pid=self.peer.pid, uid=self.peer.uid, reason=error)
+        self.send(failure(0, error))
+        self.close(str(error))
+
+    def _writable(self) -> None:
+        try:
+            while self._unsent:
+                unsent = self._unsent[0]
+                sent = send_now(self._socket, unsent.parts, unsent.descriptors)
+                unsent.close()
+                unsent.parts = after(unsent.parts, sent)
+                self._unsent_bytes -= sent
+                if unsent.parts:
+                    return
+                self._unsent.popleft()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"send failed: {error}")
+            return
+        self._loop.remove_writer(self._socket)
+
+
+class Unsent:
+    """The rest of a frame that the peer had no room for, and copies of the descriptors that go with it."""
+
+    __slots__ = ("descriptors", "parts")
+
+    def __init__(self, parts: list[memoryview], descriptors: list[int]) -> None:
+        self.parts = parts
+        self.descriptors = descriptors
+
+    def close(self) -> None:
+        """Close the copies, sent or not."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+def known(error: Exception) -> TierdError:
+    """What the peer is told of an error: of a bug, only that there is one."""
+    return error if isinstance(error, TierdError) else Closed("internal error; the daemon's log has it")
+
+
+def send_now(connected: socket.socket, parts: list[memoryview], descriptors: Sequence[int]) -> int:
+    """Send what fits, the descriptors with its first byte; returns the bytes sent."""
+    if not descriptors:
+        return connected.sendmsg(parts)
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+    return connected.sendmsg(parts, [rights])
+
+
+def after(parts: list[memoryview], sent: int) -> list[memoryview]:
+    """What is left of `parts` behind the first `sent` bytes."""
+    left = []
+    for part in parts:
+        if sent < len(part):
+            left.append(part[sent:])
+        sent = max(0, sent - len(part))
+    return left
+
+
+def listen(path: Path, mode: int) -> socket.socket:
+    """A listening Unix socket at `path`; replaces a dead one, raises Invalid over a live one or anything else that is there."""
+    try:
+        remove_stale(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            listener.bind(str(path))
+            os.chmod(path, mode)  # before listen: until then nobody can connect
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise Invalid(f"socket {path} cannot be used: {error.strerror or error}; set another server.socket") from error
+    return listener
+
+
+def remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise Invalid(f"{path} exists and is no socket: remove it, or set another server.socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        answer = probe.connect_ex(str(path))
+    if answer not in (errno.ECONNREFUSED, errno.ENOENT):
+        raise Invalid(f"another daemon listens on {path}: stop it, or set another server.socket")
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,151 @@
+"""A space is a namespace that is being served: its cache, its segments and its sessions.
+
+The cache decides; the space knows which segment a slot number means, and which process holds which bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd.core.cache import LOWER, UPPER, Cache
+from tierd.core.plan import Transfer
+from tierd.core.pool import Pool
+from tierd.errors import Busy
+from tierd.layout import Namespace
+from tierd.tiers.host import HostSegment
+from tierd.tiers.nvme import FileSegment
+from tierd.tiers.tier import Tier
+
+Slots = NDArray[np.int32]
+BITS = 64
+
+
+class Arena:
+    """The segments of one space in one tier, by ordinal; `pool` accounts for their slots."""
+
+    def __init__(self, tier: Tier, namespace: Namespace) -> None:
+        self.tier = tier
+        self.geometry = tier.geometry(namespace)
+        self.pool = Pool(self.geometry.slot_count)
+        self.segments: dict[int, Any] = {}
+        self.growing: asyncio.Task[bool] | None = None
+
+    def add(self, segment: HostSegment | FileSegment, now: int) -> int:
+        """Enter a segment; returns its ordinal."""
+        directory: Any = segment.directory if isinstance(segment, HostSegment) else segment
+        ordinal = self.pool.add_segment(directory, now)
+        self.segments[ordinal] = segment
+        return ordinal
+
+    def remove(self, ordinal: int) -> Any:
+        """Take out a segment that was vacated and is idle."""
+        self.pool.remove_segment(ordinal)
+        return self.segments.pop(ordinal)
+
+    def payloads(self, slots: Slots) -> list[Any]:
+        """The memory of these slots: one uint8[slot_bytes] view each (memory segments only)."""
+        per_segment = self.pool.slots_per_segment
+        return [self.segments[slot // per_segment].slots[slot % per_segment] for slot in slots.tolist()]
+
+
+@dataclass(eq=False)
+class Attached:
+    """A session as the daemon knows it: one client process, its bit, its connections."""
+
+    id: int
+    token: bytes
+    bit: int
+    pidfd: int
+    pid: int
+    name: str
+    space: Space
+    connection: Any = None
+    events: Any = None
+    known: dict[int, bytes] = field(default_factory=dict)
+    """Ordinal -> segment id of the memory segments that the client was given."""
+    waiting_detach: set[bytes] = field(default_factory=set)
+
+    @property
+    def stored_name(self) -> str:
+        """Under which name the service manager keeps the process's pidfd."""
+        return f"session-{self.space.namespace.id.hex()[:32]}-{self.bit}-{self.id:x}-{self.token.hex()}"
+
+
+class Space:
+    """One namespace's cache, arenas and sessions."""
+
+    def __init__(self, namespace: Namespace, tiers: list[Tier], window_share: float, write_back: bool) -> None:
+        self.namespace = namespace
+        self.arenas = [Arena(tier, namespace) for tier in tiers]
+        lower = self.arenas[LOWER].pool if len(tiers) > 1 else None
+        self.cache = Cache(self.arenas[UPPER].pool, lower, window_share=window_share, write_back=write_back)
+        self.sessions: dict[int, Attached] = {}
+        self._done: dict[int, asyncio.Event] = {}
+
+    def __repr__(self) -> str:
+        return f"<Space {self.namespace.id.hex()[:8]}: {len(self.sessions)} sessions, {self.cache.index.blocks} blocks>"
+
+    @property
+    def upper(self) -> Arena:
+        """The mapped tier's segments."""
+        return self.arenas[UPPER]
+
+    @property
+    def lower(self) -> Arena | None:
+        """The nvme tier's segments."""
+        return self.arenas[LOWER] if len(self.arenas) > 1 else None
+
+    def attach(self, pidfd: int, pid: int, name: str, sessions_max: int) -> Attached:
+        """A new session with a bit of its own; raises Busy when all bits are taken."""
+        taken = {session.bit for session in self.sessions.values()}
+        bit = next((at for at in range(min(BITS, sessions_max)) if at not in taken), None)
+        if bit is None:
+            raise Busy(f"namespace has its maximum of {len(taken)} sessions: close one, or share a client among threads")
+        session = Attached(int.from_bytes(os.urandom(7), "big"), os.urandom(16), bit, pidfd, pid, name, self)
+        self.sessions[session.id] = session
+        self.cache.open_session(session.id, bit)
+        return session
+
+    def detach(self, session: Attached) -> None:
+        """The session has ended: free what it held, and its bit."""
+        del self.sessions[session.id]
+        self.cache.close_session(session.id)
+        for segment in self.upper.segments.values():
+            segment.directory.unhold_all(session.bit)
+
+    def unknown(self, session: Attached, slots: Slots) -> list[int]:
+        """Ordinals among these slots whose segments the session was not given yet."""
+        if len(session.known) == len(self.upper.segments) or not len(slots):
+            return []
+        used = np.flatnonzero(np.bincount(slots // self.upper.pool.slots_per_segment))
+        return [ordinal for ordinal in used.tolist() if ordinal not in session.known]
+
+    def ended(self, transfer: int) -> asyncio.Event:
+        """Set when the transfer ends; an ended transfer's is set."""
+        if transfer not in self.cache.transfers:
+            event = asyncio.Event()
+            event.set()
+            return event
+        return self._done.setdefault(transfer, asyncio.Event())
+
+    def finish(self, transfer: Transfer, outcome: NDArray[np.uint8], now: int) -> None:
+        """Tell the cache how a transfer went, and wake who waits for it."""
+        self.cache.finish(transfer, outcome, now)
+        if event := self._done.pop(transfer.id, None):
+            event.set()
+
+    def coldest(self, tier: int) -> int:
+        """Last use (Unix milliseconds) of this space's coldest block in a tier."""
+        node = next(self.cache.index.orders[tier].coldest(), None)
+        return node.last_use if node is not None else 0
+
+    def mappers(self, segment_id: bytes) -> Iterable[Attached]:
+        """Sessions that were given a segment."""
+        return [session for session in self.sessions.values() if segment_id in session.known.values()]

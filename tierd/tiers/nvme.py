@@ -1,0 +1,290 @@
+"""File segments: the same format as in memory, in preallocated files, with a copy of the directory kept in memory.
+
+Each step of a write puts whole directory pages into the file, through the page cache; payloads go by an io engine,
+past the cache where possible. Nothing is synced: a lost or torn write shows up in a CRC or in a payload's digest, and
+is a miss.
+The rule of this file: no payload is written to a slot before FILLING was, and nothing is returned that was not
+verified.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from tierd.errors import Busy, Invalid
+from tierd.layout import Namespace
+from tierd.tiers.directory import DIGEST_XXH3_64, READY, Directory, Scan, Slots, page_ranges
+from tierd.tiers.io import Buffer, IoEngine
+from tierd.tiers.segment import (
+    HEADER_BYTES,
+    IDENTITY_BYTES,
+    RECENCY_BYTES,
+    STATE_BYTES,
+    Geometry,
+    Header,
+    Medium,
+)
+
+READ_OK, READ_FAILED, READ_DAMAGED = 0, 1, 2
+"""What `FileSegment.read` says per block: good bytes, the medium failed, or other bytes than were written."""
+
+
+def digest(payload: Buffer) -> int:
+    """The digest that travels with a block: xxh3-64 of its payload. Releases the GIL."""
+    return xxhash.xxh3_64_intdigest(payload)
+
+
+class FileSegment:
+    """One segment file. Thread safe; every method that touches the file blocks.
+
+    Payload buffers are page aligned and `slot_bytes` long (slots of memory segments), of which the first
+    `payload_bytes` count. Failures of the medium are values; `failures` counts them by reason.
+    """
+
+    def __init__(self, path: Path, header: Header, io: IoEngine) -> None:
+        self.path, self.header = path, header
+        self.failures: Counter[str] = Counter()
+        self._lock = Lock()  # around the directory's copy and its pages in the file, never around payloads
+        self._count_lock = Lock()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._pages = memoryview(bytearray(_read_whole(self._descriptor, header.geometry.directory_bytes)))
+            self._payloads = io.open(path)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self.directory = Directory(self._pages, header)
+        self.directory.holders[:] = 0  # nobody maps a file: bits can only be damage
+        self._recency_dirty = np.zeros(header.geometry.slot_count, np.bool_)
+
+    def __repr__(self) -> str:
+        return f"<FileSegment {self.path.name}: {self.directory!r}, direct={self.direct}>"
+
+    @classmethod
+    def create(cls, folder: Path, namespace: Namespace, segment_bytes: int, epoch: int, io: IoEngine) -> FileSegment:
+        """Make a new, preallocated segment file of at most `segment_bytes` in `folder` (its namespace's own).
+
+        Raises Invalid where no block fits, Busy where the file system has no room or fails.
+        """
+        shape = Geometry.fit(namespace.layout, segment_bytes)
+        return cls.format(folder, Header.fresh(Medium.FILE, namespace, shape, epoch), io)
+
+    @classmethod
+    def format(cls, folder: Path, header: Header, io: IoEngine) -> FileSegment:
+        """Make the segment file that a header describes; it has its name only once it is whole."""
+        path = folder / f"{header.segment_id.hex()}.segment"
+        unfinished = path.with_suffix(".segment.new")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, header.geometry.total_bytes)
+                _write_whole(descriptor, memoryview(header.pack()), 0)
+            finally:
+                os.close(descriptor)
+            unfinished.rename(path)
+            return cls(path, header, io)
+        except (OSError, RuntimeError) as error:
+            for leftover in (unfinished, path):
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
+            wanted = header.geometry.total_bytes
+            raise Busy(
+                f"no segment file of {wanted} bytes in {folder}: {error}; free space or lower nvme.bytes"
+            ) from error
+
+    @classmethod
+    def open(cls, path: Path, io: IoEngine) -> FileSegment:
+        """Open a segment file as it was left.
+
+        Raises Invalid with the reason when it is foreign or damaged, Busy when this process lacks descriptors or
+        memory.
+        """
+        try:
+            header, size = _read_header(path)
+            if header.medium != Medium.FILE:
+                raise Invalid(f"{path}: the header says {header.medium.name.lower()}, not file")
+            if path.name != (name := f"{header.segment_id.hex()}.segment"):
+                raise Invalid(f"{path}: the header calls it {name}")
+            if size != header.geometry.total_bytes:
+                raise Invalid(f"{path}: has {size} bytes, its header says {header.geometry.total_bytes}")
+            return cls(path, header, io)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise Busy(f"{path}: {error}; raise the limits (LimitNOFILE=) or use larger segments") from error
+            raise Invalid(f"{path}: cannot be opened: {error}") from error
+
+    @property
+    def segment_id(self) -> bytes:
+        """The segment's 16 random bytes."""
+        return self.header.segment_id
+
+    @property
+    def direct(self) -> bool:
+        """Whether payloads bypass the page cache."""
+        return self._payloads.direct
+
+    def write(
+        self,
+        slots: Slots,
+        payloads: Sequence[Buffer],
+        hashes: bytes,
+        parents: bytes,
+        digests: NDArray[np.uint64] | None = None,
+    ) -> NDArray[np.bool_]:
+        """Store blocks in free slots; returns which of them are there now. The others' slots are free again.
+
+        hashes and parents are packed. A digest of 0 (or None for all) is computed here, else it is believed: it is the
+        payload's digest at its first write, so that damage since then is found when the block is read.
+        """
+        at = np.asarray(slots, dtype=np.int64)
+        computed = np.zeros(len(at), np.uint64) if digests is None else digests.copy()
+        for index in np.flatnonzero(computed == 0):
+            computed[index] = digest(self._payload(payloads[int(index)]))
+        with self._lock:
+            self.directory.begin(at, hashes, parents, computed)
+            if not (self._put_states(at) and self._put_identities(at)):
+                self._give_up(at)
+                return np.zeros(len(at), np.bool_)
+        outcomes = self._payloads.write(self._blocks(at, payloads))
+        done = np.array([self._noted("write", outcome) for outcome in outcomes], np.bool_)
+        with self._lock:
+            self.directory.ready(at[done])
+            self.directory.free(at[~done])
+            if not self._put_states(at):
+                self._give_up(at)
+                done[:] = False
+        return done
+
+    def read(self, slots: Slots, buffers: Sequence[Buffer]) -> NDArray[np.uint8]:
+        """Fill each buffer from a ready slot and verify it; returns READ_OK, READ_FAILED or READ_DAMAGED per block.
+
+        What is not READ_OK must not be used; a damaged slot should not be used again in this life of the daemon.
+        """
+        at = np.asarray(slots, dtype=np.int64)
+        with self._lock:
+            assert (self.directory.codes()[at] == READY).all(), "only a ready slot can be read"
+            rows = self.directory.identity[at]
+        outcomes = self._payloads.read(self._blocks(at, buffers))
+        codes = np.full(len(at), READ_OK, np.uint8)
+        for index, (outcome, buffer) in enumerate(zip(outcomes, buffers, strict=True)):
+            if not self._noted("read", outcome):
+                codes[index] = READ_FAILED
+            elif rows["digest_kind"][index] != DIGEST_XXH3_64 or rows["digest"][index] != digest(self._payload(buffer)):
+                codes[index] = READ_DAMAGED
+                self._count("read: digest differs")
+        return codes
+
+    def free(self, slots: Slots) -> None:
+        """Give slots up, in the file too."""
+        with self._lock:
+            self.directory.free(slots)
+            self._put_states(np.asarray(slots, dtype=np.int64))
+
+    def reset(self, slots: Slots) -> None:
+        """Free slots after a scan (its `spare`), so that new generations start above all that the segment has seen."""
+        with self._lock:
+            self.directory.reset(slots)
+            self._put_states(np.asarray(slots, dtype=np.int64))
+
+    def touch(self, slots: Slots, last_use: NDArray[np.uint64] | int, use_counts: NDArray[np.uint32] | int) -> None:
+        """Note when (Unix milliseconds) and how often blocks were used; in the file after `flush_recency`. Never
+        blocks."""
+        self.directory.touch(slots, last_use, use_counts)
+        self._recency_dirty[np.asarray(slots, dtype=np.int64)] = True
+
+    def flush_recency(self) -> None:
+        """Write what `touch` noted since the last time."""
+        dirty = np.flatnonzero(self._recency_dirty)
+        self._recency_dirty[dirty] = False
+        with self._lock:
+            self._put(self.header.geometry.recency_offset, RECENCY_BYTES, dirty)
+
+    def scan(self) -> Scan:
+        """What the directory holds; see `Directory.scan`."""
+        with self._lock:
+            return self.directory.scan()
+
+    def close(self) -> None:
+        """Write what is still to be written and close; nobody may be using the segment."""
+        self.flush_recency()
+        self._payloads.close()
+        os.close(self._descriptor)
+
+    def unlink(self) -> None:
+        """Close and remove the file: its blocks are gone, its bytes the file system's."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _payload(self, buffer: Buffer) -> memoryview:
+        return memoryview(buffer)[: self.header.geometry.payload_bytes]
+
+    def _blocks(self, at: NDArray[np.int64], buffers: Sequence[Buffer]) -> list[tuple[int, Buffer]]:
+        shape = self.header.geometry
+        assert all(len(buffer) == shape.slot_bytes for buffer in buffers), "a buffer is a whole slot"
+        return list(zip((shape.directory_bytes + at * shape.slot_bytes).tolist(), buffers, strict=True))
+
+    def _put_states(self, at: NDArray[np.int64]) -> bool:
+        return self._put(self.header.geometry.state_offset, STATE_BYTES, at)
+
+    def _put_identities(self, at: NDArray[np.int64]) -> bool:
+        return self._put(self.header.geometry.identity_offset, IDENTITY_BYTES, at)
+
+    def _put(self, column_offset: int, row_bytes: int, at: NDArray[np.int64]) -> bool:
+        """Write the directory pages that hold these rows; returns whether the file has them now."""
+        try:
+            for start, length in page_ranges(column_offset, row_bytes, at):
+                _write_whole(self._descriptor, self._pages[start : start + length], start)
+        except OSError as error:
+            return self._noted("directory", error)
+        return True
+
+    def _give_up(self, at: NDArray[np.int64]) -> None:
+        """Free slots whose pages could not be written. Should even that not reach the file, its rows are still right:
+        a FILLING one is free to a scan, and a READY one has its payload until a next FILLING was written."""
+        self.directory.free(at)
+        self._put_states(at)
+
+    def _noted(self, action: str, outcome: Exception | None) -> bool:
+        """Count a failure by its reason; returns whether there was none."""
+        if outcome is not None:
+            code = errno.errorcode.get(outcome.errno or 0, "error") if isinstance(outcome, OSError) else "error"
+            self._count(f"{action}: {code}")
+        return outcome is None
+
+    def _count(self, reason: str) -> None:
+        with self._count_lock:
+            self.failures[reason] += 1
+
+
+def _read_header(path: Path) -> tuple[Header, int]:
+    """A file's header and size; raises Invalid or OSError."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            return Header.unpack(file.read(HEADER_BYTES)), size
+        except Invalid as error:
+            raise Invalid(f"{path}: {error}") from error
+
+
+def _read_whole(descriptor: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, 0)
+    if len(data) != size:
+        raise OSError(errno.EIO, f"the directory has {len(data)} bytes, its header says {size}")
+    return data
+
+
+def _write_whole(descriptor: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

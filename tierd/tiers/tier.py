@@ -1,0 +1,115 @@
+"""The media: how many bytes each may take, and how a segment of it comes and goes.
+
+A tier's bytes are counted from before a segment is made until after its last byte is given back, so the limit holds at
+every moment, for any number of namespaces and lives. `create` and `discard` block: call them off the loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tierd import systemd
+from tierd.layout import Namespace
+from tierd.tiers.host import HostSegment
+from tierd.tiers.io import IoEngine
+from tierd.tiers.nvme import FileSegment
+from tierd.tiers.segment import Geometry
+from tierd.tiers.state import StateDirectory
+
+EPOCH = 1
+"""Of every namespace: nothing purges yet."""
+
+
+@dataclass
+class Budget:
+    """Bytes of a tier: `used` never exceeds `most`."""
+
+    most: int
+    used: int = 0
+
+    def reserve(self, count: int) -> bool:
+        """Take bytes if they are there."""
+        if self.used + count > self.most:
+            return False
+        self.used += count
+        return True
+
+    def release(self, count: int) -> None:
+        """Give bytes back."""
+        assert count <= self.used, f"{count} bytes given back, {self.used} were used"
+        self.used -= count
+
+
+class Tier(Protocol):
+    """One medium: makes segments (HostSegment or FileSegment) of one geometry per namespace."""
+
+    name: str
+    budget: Budget
+
+    def geometry(self, namespace: Namespace) -> Geometry:
+        """What every segment of the namespace looks like; raises Invalid when not even one block fits."""
+
+    def create(self, namespace: Namespace) -> Any:
+        """A new segment, its bytes reserved before by the caller; raises Busy when the medium has no room."""
+
+    def discard(self, segment: Any) -> None:
+        """Give a segment's bytes back to the medium."""
+
+
+class CpuTier:
+    """Memory segments. Where a service manager keeps descriptors, segments outlive this process."""
+
+    name = "cpu"
+
+    def __init__(self, bytes_max: int, segment_bytes: int, huge_pages: str) -> None:
+        self.budget = Budget(bytes_max)
+        self._segment_bytes = segment_bytes
+        self._huge_pages = huge_pages
+
+    def geometry(self, namespace: Namespace) -> Geometry:
+        """See Tier."""
+        return HostSegment.geometry(namespace.layout, self._segment_bytes, self._huge_pages)
+
+    def create(self, namespace: Namespace) -> HostSegment:
+        """See Tier."""
+        segment = HostSegment.create(namespace, self._segment_bytes, EPOCH, self._huge_pages)
+        for name, descriptor in stored_names(segment).items():
+            systemd.store(name, [descriptor])
+        return segment
+
+    def discard(self, segment: HostSegment) -> None:
+        """See Tier."""
+        for name in stored_names(segment):
+            systemd.remove(name)
+        segment.close()
+
+
+class NvmeTier:
+    """File segments in the state directory, moved by an io engine."""
+
+    name = "nvme"
+
+    def __init__(self, bytes_max: int, segment_bytes: int, state: StateDirectory, io: IoEngine) -> None:
+        self.budget = Budget(bytes_max)
+        self.io = io
+        self.state = state
+        self._segment_bytes = segment_bytes
+
+    def geometry(self, namespace: Namespace) -> Geometry:
+        """See Tier."""
+        return Geometry.fit(namespace.layout, self._segment_bytes)
+
+    def create(self, namespace: Namespace) -> FileSegment:
+        """See Tier."""
+        return FileSegment.create(self.state.folder(namespace), namespace, self._segment_bytes, EPOCH, self.io)
+
+    def discard(self, segment: FileSegment) -> None:
+        """See Tier."""
+        segment.unlink()
+
+
+def stored_names(segment: HostSegment) -> dict[str, int]:
+    """Under which names a segment's two descriptors are kept by the service manager."""
+    name = segment.segment_id.hex()
+    return {f"segment-{name}-directory": segment.directory_fd, f"segment-{name}-slots": segment.slots_fd}
