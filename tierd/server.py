@@ -32,6 +32,8 @@ ACCEPT_PAUSE_SECONDS = 1.0
 REQUESTS_WAITING_MAX = 256
 """Requests of one connection that wait for something; one more is answered busy."""
 CONNECTIONS_PER_SESSION = 2
+FRAMES_PER_TURN = 64
+"""Frames of one connection that are answered before other connections get their turn."""
 DESCRIPTORS_PER_FRAME_MAX = 253
 
 log = get_logger("server")
@@ -147,7 +149,8 @@ class Server:
             if peer:
                 os.close(peer.pidfd)
             return
-        connection.open()
+        if not connection.closed:
+            connection.open()
 
     def _pause_accepting(self, error: OSError) -> None:
         """Too few descriptors or too little memory: the peers that wait are taken when some came back."""
@@ -177,6 +180,8 @@ class Connection:
         self._reader = FrameReader(server.limits.hello_frame_bytes_max)
         self._unsent: deque[Unsent] = deque()
         self._unsent_bytes = 0
+        self._behind = False
+        """Whether complete frames wait for another turn."""
         self._hello: str | None = "" if server.admin else None
         """The verb that opened this connection: None until it came."""
         self._hello_timer: asyncio.TimerHandle | None = None
@@ -247,6 +252,8 @@ class Connection:
         os.close(self.peer.pidfd)
 
     def _readable(self) -> None:
+        if self._behind:
+            return
         try:
             received = self._socket.recv_into(self._reader.buffer())
         except (BlockingIOError, InterruptedError):
@@ -258,10 +265,21 @@ class Connection:
             self.close("the peer closed")
             return
         self._reader.feed(received)
+        self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Answer what was received, but let the others have their turn after a while."""
+        self._behind = False
+        if self.closed:
+            return
         try:
-            for payload in self._reader:
+            for taken, payload in enumerate(self._reader, 1):
                 self._take(decode(payload))
                 if self.closed:
+                    return
+                if taken == FRAMES_PER_TURN:
+                    self._behind = True
+                    self._loop.call_soon(self._take_turn)
                     return
         except Invalid as error:
             self._refuse(error)
@@ -290,6 +308,8 @@ class Connection:
         if self._hello is None:
             if verb not in OPENING:
                 raise Invalid(f"{verb}: the first request on a connection must be one of {', '.join(OPENING)}")
+            if self.tasks:
+                raise Invalid(f"{verb}: an opening request of this connection waits for its answer: wait for it too")
         elif verb in OPENING:
             raise Invalid(f"{verb}: this connection was opened by {self._hello!r} before; open another one")
 
@@ -297,6 +317,8 @@ class Connection:
         task = self._loop.create_task(self._answer(request, result))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        if asyncio.iscoroutine(result):  # a task that is cancelled before its first step has not awaited it
+            task.add_done_callback(lambda _: result.close())
 
     async def _answer(self, request: Request, result: Awaitable[Result]) -> None:
         longest = self._server.limits.wait_seconds_max
@@ -323,7 +345,7 @@ class Connection:
     def _fail(self, number: int, error: Exception) -> None:
         self.send(failure(number, known(error)))
         if not isinstance(error, TierdError):
-            log.error("bug: request", id=self.id, pid=self.peer.pid, error=repr(error), exc_info=error)
+            log.exception("bug: request", id=self.id, pid=self.peer.pid)
             self.close("internal error")
 
     def _refuse(self, error: TierdError) -> None:

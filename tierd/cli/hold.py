@@ -41,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code of the command's last life (128 + n when signal n ended it)."""
     parser = argparse.ArgumentParser(prog="tierd hold", description="Keep COMMAND's descriptors while it is restarted.")
     parser.add_argument("--restarts-max", type=int, default=20, metavar="N", help="restarts a minute (default 20)")
-    parser.add_argument(
-        "--descriptors-max", type=int, default=4096, metavar="N", help="descriptors kept (default 4096)"
-    )
+    parser.add_argument("--descriptors-max", type=int, default=4096, metavar="N", help="descriptors kept (default 4096)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
     arguments = parser.parse_args(argv)
     return Holder(arguments.command, arguments.restarts_max, arguments.descriptors_max).run()

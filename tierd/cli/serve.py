@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from tierd import log
 from tierd.cli.options import add_config_arguments, load_config
 from tierd.config import FLAGS
 
@@ -15,10 +14,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Check the configuration, make its directories, then be the daemon."""
+    """Check the configuration, then be the daemon."""
     config = load_config(options)
-    log.configure(config.log.level, config.log.format)
-    config.prepare()
     from tierd import daemon  # A wrong configuration is told before uvloop and numpy are loaded.
 
-    return int(daemon.run(config) or 0)
+    return daemon.run(config)

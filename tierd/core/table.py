@@ -2,13 +2,19 @@
 
 Every block of a tree needs an entry, so an entry is eight bytes in two numpy arrays: buckets of eight cells, two candidate
 buckets per key, no relocation ("two choices" hashing: Azar, Broder, Karlin, Upfal 1999; bucketized as in Fan et al., MemC3,
-2013). A removed cell is simply empty: no tombstones, so a full turn-over of the cache costs no rebuild. A fragment is not an identity:
-callers verify every candidate against the full hash.
+2013). A removed cell is simply empty: no tombstones, so a full turn-over of the cache costs no rebuild.
 
-All methods work on arrays of keys; nothing here runs a Python statement per key.
+A fragment is the upper half of a multilinear hash with secret keys (Lemire and Kaser, "Strongly universal string hashing is
+fast", 2014): block hashes are named by clients, and nobody who does not know the keys can make many of them meet in one
+bucket. A fragment is not an identity: callers verify every candidate against the full hash.
+
+All methods work on arrays of keys; nothing here runs a Python statement per key, but for the few that found no cell.
 """
 
 from __future__ import annotations
+
+from operator import mul
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +27,15 @@ BUCKETS_MIN = 64
 class Table:
     """Multimap from uint32 fragments to int32 owners (> 0); at most `LOAD_MAX` full, grows by doubling.
 
-    A cell is `owner << 32 | fragment` (uint64, 0: empty); `_free` has one bit per empty cell of a bucket.
+    A cell is `owner << 32 | fragment` (uint64, 0: empty); `_free` has one bit per empty cell of a bucket. `seed` makes the
+    secret keys.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.size = 0
         self.spilled: dict[int, list[int]] = {}
+        """Keys both of whose buckets were full, with their owners."""
+        self._keys = np.random.default_rng(seed).integers(1 << 64, size=8, dtype=np.uint64)
         self._allocate(BUCKETS_MIN)
 
     @property
@@ -34,14 +43,30 @@ class Table:
         """Bytes of the arrays."""
         return self._cells.nbytes + self._free.nbytes + self._winner.nbytes
 
-    def candidates(self, fragment: int) -> list[int]:
-        """Owners that may hold the key; usually one, sometimes none, rarely more."""
+    def fragments(self, hashes: bytes) -> NDArray[np.uint32]:
+        """The table's key of each packed 32-byte hash (uint32[n])."""
+        words = np.frombuffer(hashes, np.uint32).reshape(-1, 8).astype(np.uint64)
+        return ((words @ self._keys) >> _HALF).astype(np.uint32)
+
+    def candidates(self, block: bytes) -> list[int]:
+        """Owners that may hold one block hash; usually one, sometimes none, rarely more."""
+        fragment = (sum(map(mul, _WORDS.unpack(block), self._keys.tolist())) & _WORD) >> 32
         first, second = ((fragment * factor & _WORD) >> self._shift for factor in (_FIRST, _SECOND))
         found = []
         for bucket in (first, second) if first != second else (first,):
             cells = self._cells[bucket * CELLS : (bucket + 1) * CELLS].tolist()
             found += [cell >> 32 for cell in cells if cell & _LOW == fragment and cell]
         return found + self.spilled.get(fragment, []) if self.spilled else found
+
+    def contains(self, fragments: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Which keys (uint32[n]) are in the table, whoever owns them."""
+        wanted, halves = fragments.astype(np.uint64), self._cells.view(np.uint32)[:: 2].reshape(-1, CELLS)
+        found = np.zeros(len(fragments), np.bool_)
+        for factor in (_FIRST, _SECOND):
+            found |= (halves[self._bucket(wanted, factor)] == fragments[:, None]).any(1)
+        for key in self.spilled:
+            found |= fragments == key
+        return found
 
     def add(self, fragments: NDArray[np.uint32], owners: NDArray[np.int32]) -> None:
         """Enter n keys (uint32[n]) with their owners (int32[n])."""
@@ -53,19 +78,19 @@ class Table:
     def drop(self, fragments: NDArray[np.uint32], owners: NDArray[np.int32]) -> None:
         """Remove n (key, owner) pairs that were added before."""
         self.size -= len(fragments)
-        spots, found = self._locate(_cells(fragments, owners))
-        self._cells[spots] = 0
-        np.bitwise_or.at(self._free, spots // CELLS, _BIT[spots % CELLS])
-        for at in np.flatnonzero(~found) if len(spots) < len(found) else ():
-            self._unspill(int(fragments[at]), int(owners[at]))
+        emptied = self._exchange(_cells(fragments, owners), None)
+        np.bitwise_or.at(self._free, emptied // CELLS, _BIT[emptied % CELLS])
 
     def reassign(self, fragments: NDArray[np.uint32], old: int, new: int) -> None:
         """Give keys of owner `old` to owner `new`."""
-        spots, found = self._locate(_cells(fragments, np.int32(old)))
-        self._cells[spots] = _cells(fragments[found], np.int32(new))
-        for at in np.flatnonzero(~found) if len(spots) < len(found) else ():
-            self._unspill(int(fragments[at]), old)
-            self.spilled.setdefault(int(fragments[at]), []).append(new)
+        self._exchange(_cells(fragments, np.int32(old)), new)
+
+    def check(self) -> None:
+        """Raise AssertionError if the accounting is off."""
+        empty = (self._cells.reshape(-1, CELLS) == 0) * _BIT
+        assert (empty.sum(1, dtype=np.uint8) == self._free).all(), "the bits of free cells are wrong"
+        held = int((self._cells != 0).sum()) + sum(map(len, self.spilled.values()))
+        assert held == self.size, f"the table holds {held} keys and counts {self.size}"
 
     def _allocate(self, buckets: int) -> None:
         self._shift = 64 - (buckets.bit_length() - 1)
@@ -95,8 +120,30 @@ class Table:
             self._free[placed] = left & (left - np.uint8(1))
             cells = cells[~wins]
 
+    def _exchange(self, cells: NDArray[np.uint64], owner: int | None) -> NDArray[np.int64]:
+        """Give cells to another owner, or empty them; returns their places (those that had spilled have none).
+
+        Two keys of one owner may share a fragment, so there may be equal cells: each round takes one place of each.
+        """
+        places = []
+        while len(cells):
+            spots, found = self._locate(cells)
+            if len(spots) < len(cells):
+                for lost in cells[~found].tolist():
+                    self._respill(lost & _LOW, lost >> 32, owner)
+                cells = cells[found]
+            order = np.arange(len(cells), dtype=np.uint64)
+            self._cells[spots] = order
+            wins = self._cells[spots] == order
+            self._cells[spots] = 0 if owner is None else (cells & np.uint64(_LOW)) | np.uint64(owner << 32)
+            if wins.all():
+                return np.concatenate((*places, spots))
+            places.append(spots[wins])
+            cells = cells[~wins]
+        return np.concatenate((*places, np.empty(0, np.int64)))
+
     def _locate(self, cells: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(place of each key that is found, found per key)."""
+        """(place of each cell that is found, found per cell)."""
         rows = self._cells.reshape(-1, CELLS)
         bucket = self._bucket(cells, _FIRST)
         match = rows[bucket] == cells[:, None]
@@ -111,12 +158,13 @@ class Table:
         spots = bucket * CELLS + cell
         return (spots if found.all() else spots[found]), found
 
-    def _unspill(self, fragment: int, owner: int) -> None:
-        owners = self.spilled.get(fragment, [])
-        if owner in owners:  # absent only when two keys of one owner share a fragment: the first removal took the cell
-            owners.remove(owner)
-            if not owners:
-                del self.spilled[fragment]
+    def _respill(self, fragment: int, old: int, new: int | None) -> None:
+        owners = self.spilled[fragment]
+        owners.remove(old)
+        if new is not None:
+            owners.append(new)
+        elif not owners:
+            del self.spilled[fragment]
 
     def _grow(self) -> None:
         cells = self._cells[self._cells != 0]
@@ -127,17 +175,13 @@ class Table:
             self._place(_cells(np.full(len(owners), fragment, np.uint32), np.array(owners, np.int32)))
 
 
-_WORD, _LOW = (1 << 64) - 1, (1 << 32) - 1
+_WORD, _LOW, _HALF = (1 << 64) - 1, (1 << 32) - 1, np.uint64(32)
 _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_WORDS = Struct("<8I")
 _BIT = (1 << np.arange(CELLS)).astype(np.uint8)
 _ONES = np.array([mask.bit_count() for mask in range(256)], np.uint8)
 _LOWEST = np.array([(mask & -mask).bit_length() - 1 if mask else 0 for mask in range(256)], np.int64)
 
 
 def _cells(fragments: NDArray[np.uint32], owners: NDArray[np.int32] | np.int32) -> NDArray[np.uint64]:
-    return (owners.astype(np.uint64) << np.uint64(32)) | fragments
-
-
-def fragments_of(hashes: bytes | memoryview) -> NDArray[np.uint32]:
-    """The table's key of each packed 32-byte hash (uint32[n]): its third 32-bit word."""
-    return np.frombuffer(hashes, np.uint32).reshape(-1, 8)[:, 2].copy()
+    return (owners.astype(np.uint64) << _HALF) | fragments

@@ -111,9 +111,7 @@ class HostSegment:
             ("slots", slots_fd, shape.slots_bytes),
         ):
             if (size := os.fstat(descriptor).st_size) != expected:
-                raise Invalid(
-                    f"{name} of segment {header.segment_id.hex()} has {size} bytes, its header says {expected}"
-                )
+                raise Invalid(f"{name} of segment {header.segment_id.hex()} has {size} bytes, its header says {expected}")
         try:
             return cls(header, directory_fd, slots_fd)
         except OSError as error:

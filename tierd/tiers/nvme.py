@@ -99,9 +99,7 @@ class FileSegment:
                 with suppress(OSError):
                     leftover.unlink(missing_ok=True)
             wanted = header.geometry.total_bytes
-            raise Busy(
-                f"no segment file of {wanted} bytes in {folder}: {error}; free space or lower nvme.bytes"
-            ) from error
+            raise Busy(f"no segment file of {wanted} bytes in {folder}: {error}; free space or lower nvme.bytes") from error
 
     @classmethod
     def open(cls, path: Path, io: IoEngine) -> FileSegment:

@@ -148,9 +148,7 @@ class Header:
     @classmethod
     def _from_values(cls, values: tuple[Any, ...], page: bytes) -> Header:
         """Rebuild the header from its fields, and insist that packing it gives the same fields again."""
-        _, _, medium, segment_id, _, _, epoch, created_ns, payload_bytes, _, slot_count, record_bytes, *_, total = (
-            values
-        )
+        _, _, medium, segment_id, _, _, epoch, created_ns, payload_bytes, _, slot_count, record_bytes, *_, total = values
         if medium not in tuple(Medium):
             raise Invalid(f"segment medium is {medium}, not one of {', '.join(str(int(m)) for m in Medium)}")
         namespace = Namespace.from_record(page[_RECORD_OFFSET : _RECORD_OFFSET + record_bytes])

@@ -139,6 +139,12 @@ def check(message: Mapping[str, Any], verbs: Mapping[str, Mapping[str, Argument]
     return Request(check_values(verb, message, verbs[verb]), verb, envelope["id"], seconds)
 
 
+def request_id(message: Mapping[str, Any]) -> int:
+    """The id of a request, checked first so that every other error can be answered under it; raises Invalid."""
+    value: int = check_values("request", message, {"id": ENVELOPE["id"]})["id"]
+    return value
+
+
 def check_values(where: str, values: Any, arguments: Mapping[str, Argument]) -> dict[str, Any]:
     """The values named in `arguments`, defaults filled in; raises Invalid for a missing or wrong one."""
     if type(values) is not dict:

@@ -78,9 +78,7 @@ def _try_kvikio(folder: Path, timeout_seconds: float, threads: int) -> tuple[str
 
 def _try_in_child(path: Path, timeout_seconds: float, threads: int) -> tuple[str, bool]:
     command = [sys.executable, "-m", "tierd.tiers.io.probe", "kvikio", str(path), str(threads)]
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = child.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:

@@ -1,0 +1,14 @@
+"""The library that engines use: blocks in and out of tierd's shared memory, where every failure is a miss.
+
+    with Client(model="...", layout=Layout(...)) as client:
+        blocks = client.load(hashes, pool, pages)
+        client.store(hashes, pool, pages)
+
+It needs MessagePack and numpy only, and blocks for no longer than its deadline on a daemon that does not answer.
+"""
+
+from tierd.client.client import Client
+from tierd.client.lookup import Lookup
+from tierd.client.store import Stored
+
+__all__ = ["Client", "Lookup", "Stored"]

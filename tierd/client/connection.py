@@ -1,0 +1,284 @@
+"""One socket to the daemon, used by several threads at once, each waiting for its own reply.
+
+There is no reader thread. Of the threads that wait, one reads and hands the others their replies; when it has its own, the
+next one reads. Pushes and descriptors are handled by whoever reads, in the order in which they came. A connection that failed once
+stays broken.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Condition, Lock
+from typing import Any
+
+from tierd.clock import monotonic_seconds
+from tierd.errors import Busy, Closed, Invalid, TierdError
+from tierd.wire.framing import FrameReader, decode, frame
+from tierd.wire.messages import REPLIES, U32_MAX, check_values, error_of
+
+SOCKET_BUFFER_BYTES = 1 << 20
+FRAME_BYTES_MAX = 64 << 20
+DESCRIPTORS_PER_FRAME_MAX = 253
+ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS_PER_FRAME_MAX * array.array("i").itemsize)
+UNANSWERED_MAX = 1024
+DAEMON_SHARE = 0.9
+"""The daemon's part of a request's deadline; the rest is for the way."""
+
+OnPush = Callable[["Connection", dict[str, Any], deque[int]], None]
+
+
+class NoAnswer(Busy):
+    """The daemon is there and does not answer in time."""
+
+
+class Ticket:
+    """A request under way. `undo` is the verb that ends the lease in its reply if nobody waits for that any more."""
+
+    __slots__ = ("abandoned", "id", "reply", "undo", "verb")
+
+    def __init__(self, verb: str, undo: str | None) -> None:
+        self.id = 0
+        self.verb = verb
+        self.undo = undo
+        self.reply: dict[str, Any] | None = None
+        self.abandoned = False
+
+
+class Connection:
+    """A connected socket. `on_push(connection, message, descriptors)` gets pushes, and takes from the left of `descriptors`."""
+
+    def __init__(self, connected: socket.socket, on_push: OnPush) -> None:
+        connected.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connected.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        self._socket = connected
+        self._on_push = on_push
+        self._reader = FrameReader(FRAME_BYTES_MAX)
+        self._poll = select.poll()
+        self._poll.register(connected, select.POLLIN)
+        self._descriptors: deque[int] = deque()
+        self._tickets: dict[int, Ticket] = {}
+        self._last_id = 0
+        self._reading = False
+        self._broken: str | None = None
+        self._refusal: str | None = None
+        self._sending = Lock()
+        self._changed = Condition(Lock())
+        """Guards tickets, `_reading` and `_broken`; notified when one of them changed."""
+
+    def __repr__(self) -> str:
+        state = f"broken: {self._broken}" if self._broken else f"{len(self._tickets)} requests unanswered"
+        return f"<Connection {state}>"
+
+    @classmethod
+    def open(cls, path: Path, on_push: OnPush, seconds: float) -> Connection:
+        """Connect; raises Closed when nobody listens."""
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connected.settimeout(seconds)
+        try:
+            connected.connect(str(path))
+        except OSError as error:
+            connected.close()
+            raise Closed(f"no daemon on {path}: {error.strerror or error}") from error
+        return cls(connected, on_push)
+
+    @property
+    def alive(self) -> bool:
+        """False once it failed or was closed."""
+        return self._broken is None
+
+    def request(self, verb: str, arguments: dict[str, Any], seconds: float, undo: str | None = None) -> dict[str, Any]:
+        """Ask and wait; returns the checked reply or raises the error it carries, NoAnswer or Closed."""
+        return self.wait(self.ask(verb, arguments, seconds, undo), seconds)
+
+    def ask(self, verb: str, arguments: dict[str, Any], seconds: float, undo: str | None = None) -> Ticket:
+        """Send a request, to be waited for or abandoned later."""
+        ticket = Ticket(verb, undo)
+        with self._changed:
+            if len(self._tickets) >= UNANSWERED_MAX:
+                raise NoAnswer(f"{verb}: {UNANSWERED_MAX} requests were not answered yet")
+            ticket.id = self._last_id = self._last_id % U32_MAX + 1
+            self._tickets[ticket.id] = ticket
+        milliseconds = int(seconds * DAEMON_SHARE * 1000)
+        try:
+            self._send({"id": ticket.id, "verb": verb, "deadline_ms": milliseconds, **arguments}, seconds)
+        except TierdError:
+            with self._changed:
+                self._tickets.pop(ticket.id, None)
+            raise
+        return ticket
+
+    def wait(self, ticket: Ticket, seconds: float) -> dict[str, Any]:
+        """The checked reply; raises the error it carries, NoAnswer after `seconds`, or Closed when the connection is lost."""
+        deadline = monotonic_seconds() + seconds
+        while ticket.reply is None:
+            with self._changed:
+                while self._reading and ticket.reply is None and self._broken is None:
+                    if not self._changed.wait(deadline - monotonic_seconds()):
+                        break
+                if ticket.reply is not None:
+                    break
+                if self._broken is not None:
+                    raise Closed(self._broken)
+                late = self._reading or monotonic_seconds() >= deadline
+                if not late:
+                    self._reading = True
+            if late:
+                self.abandon(ticket)
+                raise NoAnswer(f"{ticket.verb}: the daemon did not answer within {seconds:g} s")
+            self._read(deadline - monotonic_seconds())
+        return self._checked(ticket)
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Nobody waits for this reply any more; a lease in it is ended when it comes."""
+        with self._changed:
+            ticket.abandoned = True
+            reply = ticket.reply
+        if reply is not None:
+            self._undo(ticket, reply)
+
+    def tell(self, verb: str, arguments: dict[str, Any], seconds: float = 1.0) -> None:
+        """Send a request that wants no reply. Never raises: a connection that cannot take it is broken, and that ends more."""
+        try:
+            self._send({"verb": verb, **arguments}, seconds)
+        except NoAnswer as error:
+            self.close(str(error))
+        except TierdError:
+            pass
+
+    def listen(self, seconds: float) -> None:
+        """Read for at most `seconds` what comes unasked, unless another thread reads; raises Closed when the connection is lost."""
+        with self._changed:
+            reads = not self._reading and self._broken is None
+            self._reading = self._reading or reads
+        if reads:
+            self._read(seconds)
+        if self._broken is not None:
+            raise Closed(self._broken)
+
+    def close(self, reason: str = "closed by this client") -> None:
+        """Break the connection; whoever waits on it is told."""
+        with self._changed:
+            if self._broken is None:
+                self._broken = reason
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+        self._dispose()
+
+    def _dispose(self) -> None:
+        """Close what a broken connection has, as soon as no thread uses it."""
+        with self._changed:
+            if self._broken is None or self._reading or not self._sending.acquire(blocking=False):
+                return
+            self._socket.close()
+            while self._descriptors:
+                os.close(self._descriptors.popleft())
+            self._sending.release()
+
+    def _send(self, message: dict[str, Any], seconds: float) -> None:
+        parts = frame(message)
+        if not self._sending.acquire(timeout=max(seconds, 0)):
+            raise NoAnswer(f"the daemon took nothing for {seconds:g} s")
+        lost = None
+        try:
+            if self._broken is not None:
+                raise Closed(self._broken)
+            sent = send_some(self._socket, parts)
+            if sent < len(parts[0]) + len(parts[1]):
+                self._send_rest(b"".join(parts), sent, seconds)
+        except OSError as error:
+            lost = f"lost the daemon: {error.strerror or error}"
+        finally:
+            self._sending.release()
+            if lost or self._broken is not None:
+                self.close(lost or "")
+        if lost:
+            raise Closed(lost)
+
+    def _send_rest(self, data: bytes, sent: int, seconds: float) -> None:
+        deadline = monotonic_seconds() + seconds
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        while sent < len(data):
+            if not room.poll(max(0.0, deadline - monotonic_seconds()) * 1000):
+                if sent:  # the rest can never follow, so nothing else can
+                    raise TimeoutError(f"{sent} of {len(data)} bytes sent in {seconds:g} s")
+                raise NoAnswer(f"the daemon took nothing for {seconds:g} s")
+            sent += send_some(self._socket, [memoryview(data)[sent:]])
+
+    def _read(self, seconds: float) -> None:
+        """Read once, as the only thread that does; leaves with `_reading` cleared and everybody told."""
+        lost = None
+        try:
+            if self._poll.poll(max(seconds, 0) * 1000):
+                self._receive()
+        except (OSError, TierdError) as error:
+            lost = str(error) or repr(error)
+        finally:
+            with self._changed:
+                self._reading = False
+                self._changed.notify_all()
+            if lost or self._broken is not None:
+                self.close(lost or "")
+
+    def _receive(self) -> None:
+        try:
+            received, ancillary, flags, _ = self._socket.recvmsg_into(
+                [self._reader.buffer()], ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+        except (BlockingIOError, InterruptedError):
+            return
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._descriptors.extend(array.array("i", data[: len(data) // 4 * 4]))
+        if flags & socket.MSG_CTRUNC:
+            raise Closed("descriptors were lost on the way: raise this process's limit of open files")
+        if not received:
+            raise Closed(self._refusal or "the daemon closed the connection")
+        self._reader.feed(received)
+        for payload in self._reader:
+            self._dispatch(decode(payload))
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        if "push" in message:
+            self._on_push(self, message, self._descriptors)
+            return
+        with self._changed:
+            ticket = self._tickets.pop(message.get("id") or 0, None)
+            if ticket is not None:
+                ticket.reply = message
+        if ticket is None:
+            self._refusal = str(error_of(message))  # of the connection, which ends then, or of what was told and not asked
+        elif ticket.abandoned:
+            self._undo(ticket, message)
+
+    def _undo(self, ticket: Ticket, reply: dict[str, Any]) -> None:
+        if ticket.undo and reply.get("lease"):
+            self.tell(ticket.undo, {"lease": reply["lease"]})
+
+    def _checked(self, ticket: Ticket) -> dict[str, Any]:
+        assert ticket.reply is not None
+        if ticket.reply.get("ok") is not True:
+            raise error_of(ticket.reply)
+        try:
+            check_values(f"reply to {ticket.verb}", ticket.reply, REPLIES.get(ticket.verb, {}))
+        except Invalid as error:
+            self.close(str(error))
+            raise Closed(f"the daemon does not speak this protocol: {error}") from error
+        return ticket.reply
+
+
+def send_some(connected: socket.socket, parts: Any) -> int:
+    """Send what fits now; 0 when nothing does."""
+    try:
+        return connected.sendmsg(parts)
+    except (BlockingIOError, InterruptedError):
+        return 0

@@ -1,0 +1,150 @@
+"""Copies between slots of mapped segments and pages of an engine's pool.
+
+Runs that follow each other on both sides are one `np.copyto`, which releases the GIL; the Python cost is per run, not per block,
+where pages and slots are contiguous. A block that was read counts only if its state word said READY before the copy and is the
+same word, generation included, after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping as Map
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tierd.client.mapping import Mapping
+from tierd.errors import Closed, Invalid
+
+READY = np.uint64(0xC3)
+CODE_MASK = np.uint64(0xFF)
+SPLIT_BYTES_MIN = 1 << 20
+"""Less than this per thread is not worth a second thread."""
+
+Pool = NDArray[np.uint8]
+Pages = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The blocks `first` to `last` of a list that lie in one segment, at the slots `indexes`."""
+
+    mapping: Mapping
+    indexes: NDArray[np.int64]
+    first: int
+    last: int
+
+    def states(self) -> NDArray[np.uint64]:
+        """The state words as they are now."""
+        return self.mapping.state[self.indexes]
+
+
+def locate(slots: NDArray[np.int32], slots_per_segment: int, mappings: Map[int, Mapping]) -> list[Part]:
+    """Where slot numbers are, in their order; raises Closed for one in no segment that the daemon attached."""
+    ordinals, indexes = np.divmod(slots.astype(np.int64), slots_per_segment)
+    bounds = [0, *(np.flatnonzero(np.diff(ordinals)) + 1).tolist(), len(slots)]
+    parts = []
+    for first, last in pairwise(bounds):
+        mapping = mappings.get(int(ordinals[first]))
+        inside = indexes[first:last]
+        if mapping is None or inside.max() >= len(mapping.slots):
+            raise Closed(f"the daemon named slot {slots[first]}, which is in no segment that it attached")
+        parts.append(Part(mapping, inside, first, last))
+    return parts
+
+
+class Copier:
+    """Copies blocks of `block_bytes` with up to `threads` threads, the caller's included."""
+
+    def __init__(self, block_bytes: int, threads: int) -> None:
+        self.block_bytes = block_bytes
+        self.threads = threads
+        self._helpers = ThreadPoolExecutor(threads - 1, "tierd-copy") if threads > 1 else None
+
+    def load(self, parts: list[Part], pool: Pool, pages: Pages) -> int:
+        """Copy slots to `pool[pages]`; returns how many leading blocks are what the daemon said they are.
+
+        Pages behind them may have been written to.
+        """
+        before = states(parts)
+        ready = leading((before & CODE_MASK) == READY)
+        self._copy(parts, pool, pages[:ready], loading=True)
+        return leading(states(parts)[:ready] == before[:ready])
+
+    def store(self, parts: list[Part], pool: Pool, pages: Pages) -> None:
+        """Copy `pool[pages]` to slots."""
+        self._copy(parts, pool, pages, loading=False)
+
+    def close(self) -> None:
+        """End the helper threads."""
+        if self._helpers:
+            self._helpers.shutdown()
+
+    def _copy(self, parts: list[Part], pool: Pool, pages: Pages, loading: bool) -> None:
+        blocks = len(pages)
+        shares = min(self.threads, blocks, max(1, blocks * self.block_bytes // SPLIT_BYTES_MIN))
+        bounds = [blocks * share // shares for share in range(shares + 1)] if blocks else [0, 0]
+        futures: list[Future[None]] = []
+        try:
+            for first, last in pairwise(bounds[1:]):
+                assert self._helpers is not None
+                futures.append(self._helpers.submit(self._copy_share, parts, pool, pages, first, last, loading))
+            self._copy_share(parts, pool, pages, 0, bounds[1], loading)
+        finally:
+            wait(futures)  # whatever happens, no copy is left behind
+        for future in futures:
+            future.result()
+
+    def _copy_share(self, parts: list[Part], pool: Pool, pages: Pages, first: int, last: int, loading: bool) -> None:
+        for mapping, index, page, count in runs(parts, pages, first, last):
+            slots = mapping.slots[index : index + count, : self.block_bytes]
+            if loading:
+                np.copyto(pool[page : page + count], slots)
+            else:
+                np.copyto(slots, pool[page : page + count])
+
+
+def runs(parts: list[Part], pages: Pages, first: int, last: int) -> Iterator[tuple[Mapping, int, int, int]]:
+    """The blocks `first` to `last` as runs `(mapping, slot index, page, blocks)` that are contiguous on both sides."""
+    for part in parts:
+        start, end = max(first, part.first), min(last, part.last)
+        if start >= end:
+            continue
+        indexes, targets = part.indexes[start - part.first : end - part.first], pages[start:end]
+        breaks = np.flatnonzero((np.diff(indexes) != 1) | (np.diff(targets) != 1)) + 1
+        for low, high in pairwise([0, *breaks.tolist(), end - start]):
+            yield part.mapping, int(indexes[low]), int(targets[low]), high - low
+
+
+def states(parts: list[Part]) -> NDArray[np.uint64]:
+    """The state words of all blocks of a list."""
+    return np.concatenate([part.states() for part in parts])
+
+
+def leading(good: NDArray[np.bool_]) -> int:
+    """How many values are true before the first that is not."""
+    return len(good) if good.all() else int(good.argmin())
+
+
+def as_rows(pool: NDArray[np.generic], block_bytes: int, writable: bool) -> Pool:
+    """A pool as uint8 `[pages, block_bytes]`, without a copy; raises Invalid when it is none."""
+    if not isinstance(pool, np.ndarray) or pool.ndim < 1 or not pool.flags.c_contiguous:
+        raise Invalid(f"pool must be a C-contiguous numpy array [pages, ...], not {type(pool).__name__}")
+    if pool.nbytes != len(pool) * block_bytes:
+        page_bytes = pool.nbytes // len(pool) if len(pool) else 0
+        raise Invalid(f"pool has pages of {page_bytes} bytes, the layout's blocks have {block_bytes}: give one block a page")
+    if writable and not pool.flags.writeable:
+        raise Invalid("pool is read-only: load needs one to write to")
+    return pool.reshape(-1).view(np.uint8).reshape(len(pool), block_bytes)
+
+
+def as_pages(pages: ArrayLike, pool: Pool) -> Pages:
+    """Page numbers as int64 `[blocks]`; raises Invalid when one is not in the pool."""
+    array = np.asarray(pages)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise Invalid(f"pages must be a list of page numbers, not {array.dtype} of shape {array.shape}")
+    if array.size and not (0 <= array.min() and array.max() < len(pool)):
+        raise Invalid(f"pages are from {array.min()} to {array.max()}, the pool has {len(pool)}")
+    return array.astype(np.int64)
