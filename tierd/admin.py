@@ -18,8 +18,17 @@ from tierd.wire.messages import Request
 class Admin:
     """Handler of the admin socket."""
 
-    def __init__(self, config: Config, keeper: Keeper, metrics: Metrics, io: tuple[str, str], drain: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        keeper: Keeper,
+        metrics: Metrics,
+        io: tuple[str, str],
+        metrics_address: str,
+        drain: Callable[[], None],
+    ) -> None:
         self._config, self._keeper, self._metrics, self._io, self._drain = config, keeper, metrics, io, drain
+        self._metrics_address = metrics_address
         self._started = clock.monotonic_seconds()
 
     def connected(self, connection: Connection) -> None:
@@ -66,6 +75,7 @@ class Admin:
             "pid": os.getpid(),
             "uptime_seconds": clock.monotonic_seconds() - self._started,
             "socket": str(self._config.server.socket),
+            "metrics": self._metrics_address,
             "io": {"engine": self._io[0], "path": self._io[1]},
             "tiers": tiers,
             "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},

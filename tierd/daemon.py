@@ -17,8 +17,8 @@ import uvloop
 from tierd import __version__, clock, log, systemd
 from tierd.admin import Admin
 from tierd.adopt import adopt
-from tierd.config import Config
-from tierd.errors import Busy
+from tierd.config import KEYS, Config
+from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
 from tierd.keeper import Keeper
 from tierd.layout import Namespace
@@ -45,7 +45,7 @@ def run(config: Config) -> int:
 async def serve(config: Config) -> int:
     """The daemon's life on a running loop."""
     started = clock.monotonic_seconds()
-    stop = asyncio.Event()
+    serving, stop = asyncio.Event(), asyncio.Event()
     async with AsyncExitStack() as stack:
         state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
         stack.callback(state.close)
@@ -63,7 +63,15 @@ async def serve(config: Config) -> int:
         adopted = adopt(tiers, systemd.inherited(), space_of, clock.unix_milliseconds())
         metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost})
         service = Service(config, keeper, metrics, space_of)
-        admin = Admin(config, keeper, metrics, path, stop.set)
+
+        def health() -> tuple[bool, str]:
+            if stop.is_set() or not serving.is_set():
+                return False, "draining" if stop.is_set() else "starting"
+            return True, f"ready\nio {path[0]} {path[1]}"
+
+        exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen))
+        stack.callback(exporter.close)
+        admin = Admin(config, keeper, metrics, path, exporter.address, stop.set)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
@@ -73,15 +81,12 @@ async def serve(config: Config) -> int:
         for listener in (control, data):
             await listener.start()
             stack.push_async_callback(listener.close)
-        if config.metrics.listen:
-            exporter = Exporter(metrics.registry, lambda: (not stop.is_set(), "draining"), config.metrics.listen)
-            exporter.start()
-            stack.callback(exporter.close)
         background = asyncio.create_task(keeper.run())
         stack.callback(background.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, stop)
+        serving.set()
         systemd.ready()
         seconds = clock.monotonic_seconds() - started
         logger.info("ready", version=__version__, socket=server.socket, io=path[0], path=path[1], seconds=seconds)
@@ -100,6 +105,18 @@ def on_signal(stop: asyncio.Event) -> None:
     if stop.is_set():
         os._exit(128 + signal.SIGTERM)
     stop.set()
+
+
+def open_exporter(exporter: Exporter) -> Exporter:
+    """Start to serve metrics, if they are wanted; a taken address that nobody chose is no reason not to serve blocks."""
+    try:
+        if exporter.listen:
+            exporter.start()
+    except Invalid as error:
+        if exporter.listen != KEYS["metrics.listen"]["default"]:
+            raise
+        logger.warning("no metrics and no health checks", reason=str(error))
+    return exporter
 
 
 def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple[str, str]]:

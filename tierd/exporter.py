@@ -23,7 +23,7 @@ from tierd.log import get_logger
 
 REQUESTS_MAX = 8
 REQUEST_SECONDS_MAX = 5.0
-SWEEP_SECONDS = 0.2
+SWEEP_SECONDS = 0.1
 
 log = get_logger("exporter")
 
@@ -42,6 +42,11 @@ class Exporter:
         self._server: BoundedServer | None = None
         self._thread: Thread | None = None
 
+    @property
+    def address(self) -> str:
+        """Where it serves, as "host:port"; empty when it does not."""
+        return f"{self.listen.rpartition(':')[0]}:{self.port}" if self._server is not None else ""
+
     def start(self) -> None:
         """Bind and serve from now on; Invalid when the address cannot be had."""
         host, _, port = self.listen.rpartition(":")
@@ -54,6 +59,7 @@ class Exporter:
         self.port = self._server.server_address[1]
         self._thread = Thread(target=self._server.serve_forever, args=(SWEEP_SECONDS,), name="exporter", daemon=True)
         self._thread.start()
+        log.info("listening", address=self.address)
 
     def close(self) -> None:
         """Stop serving; requests in progress are cut off."""

@@ -237,14 +237,27 @@ class Service:
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
-    def lookup(self, session: Attached, arguments: Request) -> Reply:
+    def lookup(self, session: Attached, arguments: Request) -> Reply | Awaitable[Reply]:
         """Lease the longest prefix, and name the slots of what can be read at once."""
         self._check_lease_limit(session)
         hashes = self._hashes(arguments)
+        if not session.space.upper.pool.slots and session.space.cache.index.blocks:
+            return self._lookup_later(session, hashes, arguments["parent"])
+        return self._find_prefix(session, hashes, arguments["parent"])
+
+    async def _lookup_later(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
+        """All blocks are below, and the first segment to bring them up to is still being made."""
+        with suppress(Busy):
+            await self._keeper.supply(session.space, 1)
+        self._check_attached(session)
+        return self._find_prefix(session, hashes, parent)
+
+    def _find_prefix(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
         cache = session.space.cache
-        found = cache.lookup(session.id, hashes, arguments["parent"], clock.unix_milliseconds())
+        found = cache.lookup(session.id, hashes, parent, clock.unix_milliseconds())
         if cache.planned:
             self._keeper.pump(session.space)
+            self._keeper.supply_ahead(session.space)
         self._introduce(session, found.slots)
         return {
             "lease": found.lease,
@@ -257,23 +270,37 @@ class Service:
     def load(self, session: Attached, arguments: Request) -> Reply | Awaitable[Reply]:
         """Name the slots of blocks that have to be brought up first."""
         first, count = arguments["first"], arguments["count"]
+        upper = session.space.upper
+        if upper.pool.free < count and self._keeper.can_grow(upper):
+            return self._load_later(session, arguments["lease"], first, count, None)
         answer = self._try_load(session, arguments["lease"], first, count)
         return answer if isinstance(answer, dict) else self._load_later(session, arguments["lease"], first, count, answer)
 
-    async def _load_later(self, session: Attached, lease: int, first: int, count: int, wait: Wait) -> Reply:
+    async def _load_later(self, session: Attached, lease: int, first: int, count: int, wait: Wait | None) -> Reply:
+        """Grow rather than evict, then wait for the transfers that bring the blocks."""
+        if wait is None:
+            await self._keeper.supply(session.space, count)
         while True:
-            ended = [asyncio.ensure_future(session.space.ended(transfer).wait()) for transfer in wait.transfers]
-            try:
-                await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in ended:
-                    task.cancel()
-            if session.id not in session.space.sessions:
-                raise Gone("the session has ended")
+            if wait is not None:
+                await self._ended(session.space, wait)
+            self._check_attached(session)
             answer = self._try_load(session, lease, first, count)
             if isinstance(answer, dict):
                 return answer
             wait = answer
+
+    async def _ended(self, space: Space, wait: Wait) -> None:
+        """Until one of the transfers has ended."""
+        ended = [asyncio.ensure_future(space.ended(transfer).wait()) for transfer in wait.transfers]
+        try:
+            await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in ended:
+                task.cancel()
+
+    def _check_attached(self, session: Attached) -> None:
+        if session.id not in session.space.sessions:
+            raise Gone("the session has ended")
 
     def _try_load(self, session: Attached, lease: int, first: int, count: int) -> dict[str, Any] | Wait:
         cache = session.space.cache
@@ -302,8 +329,7 @@ class Service:
 
     async def _store_later(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
         await self._keeper.supply(session.space, len(hashes) // HASH_BYTES)
-        if session.id not in session.space.sessions:
-            raise Gone("the session has ended")
+        self._check_attached(session)
         return self._place(session, hashes, parent)
 
     def _place(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:

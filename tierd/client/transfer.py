@@ -7,7 +7,8 @@ same word, generation included, after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping as Map
+from collections.abc import Iterator
+from collections.abc import Mapping as Map
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
@@ -134,7 +135,9 @@ def as_rows(pool: NDArray[np.generic], block_bytes: int, writable: bool) -> Pool
         raise Invalid(f"pool must be a C-contiguous numpy array [pages, ...], not {type(pool).__name__}")
     if pool.nbytes != len(pool) * block_bytes:
         page_bytes = pool.nbytes // len(pool) if len(pool) else 0
-        raise Invalid(f"pool has pages of {page_bytes} bytes, the layout's blocks have {block_bytes}: give one block a page")
+        raise Invalid(
+            f"pool has pages of {page_bytes} bytes, the layout's blocks have {block_bytes}: give one block a page"
+        )
     if writable and not pool.flags.writeable:
         raise Invalid("pool is read-only: load needs one to write to")
     return pool.reshape(-1).view(np.uint8).reshape(len(pool), block_bytes)
@@ -145,6 +148,6 @@ def as_pages(pages: ArrayLike, pool: Pool) -> Pages:
     array = np.asarray(pages)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise Invalid(f"pages must be a list of page numbers, not {array.dtype} of shape {array.shape}")
-    if array.size and not (0 <= array.min() and array.max() < len(pool)):
+    if array.size and not (array.min() >= 0 and array.max() < len(pool)):
         raise Invalid(f"pages are from {array.min()} to {array.max()}, the pool has {len(pool)}")
     return array.astype(np.int64)

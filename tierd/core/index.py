@@ -5,17 +5,19 @@ numbers per tier (-1: not there). Matching a node is one `bytes.startswith`, so 
 node, not 8,192 look-ups. The tree is a skeleton of hashes; residency is per block and tier and may have holes.
 
 Rules of this file:
+- a hash is in the tree once (it is chained over its parent, so it has one place);
 - all blocks of a node have the same last use and use count: a touch that ends inside a node splits it, and a touch that
-  covers a node and its only child merges them. Uses fall monotonically toward the tail, so the coldest node is a leaf;
+  covers a node and its only child merges them. Uses fall monotonically toward the tail;
+- in every order of eviction a node comes before its ancestors, so the coldest node of a tier has nothing below it there;
 - a split makes a new node of the head, which its caller is about to touch; the tail keeps its place in every order;
-- arrays handed out are copies.
+- time never runs backwards here, whatever the wall clock does.
 
 Chains can be entered in the middle (`parent`) through a Table of hash fragments, verified against the full hash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.policy.lru import Lru
-from tierd.core.table import Table, fragments_of
+from tierd.core.table import Table
 
 Slots = NDArray[np.int32]
 
@@ -63,15 +65,19 @@ class Piece(NamedTuple):
 
 
 class Index:
-    """Tree of one namespace over `tiers` tiers; `orders[tier]` is that tier's order of eviction."""
+    """Tree of one namespace over `tiers` tiers; `orders[tier]` is that tier's order of eviction.
 
-    def __init__(self, tiers: int) -> None:
+    `seed` makes the secret keys of the table of hashes.
+    """
+
+    def __init__(self, tiers: int, seed: int = 0) -> None:
         self.tiers = tiers
         self.orders = [Lru() for _ in range(tiers)]
-        self.table = Table()
+        self.table = Table(seed)
         self.blocks = 0
         self.touched: dict[Node, None] = {}
         """Nodes whose recency changed since it was last written to the directories."""
+        self._latest = 0
         self._nodes: list[Node | None] = [None]
         self._ids: list[int] = []
         self.root = Node(0, b"", np.empty((tiers, 0), np.int32), None)
@@ -80,40 +86,38 @@ class Index:
 
     def find(self, block: bytes) -> tuple[Node, int] | None:
         """The node and offset of one block hash, or None."""
-        fragment = int.from_bytes(block[8:12], "little")
-        for owner in self.table.candidates(fragment):
+        for owner in self.table.candidates(block):
             node = self._nodes[owner]
-            at = node.hashes.find(block) if node is not None else -1
-            while at >= 0 and at % HASH_BYTES:
-                at = node.hashes.find(block, at + 1)  # type: ignore[union-attr]
-            if at >= 0:
-                return node, at // HASH_BYTES  # type: ignore[return-value]
+            offset = _offset(node.hashes, block) if node is not None else -1
+            if node is not None and offset >= 0:
+                return node, offset
         return None
 
     def match(self, hashes: bytes, parent: bytes = ROOT) -> list[Piece] | None:
         """The longest known run of `hashes` behind `parent`, as pieces of nodes; None when the parent is unknown."""
         if parent == ROOT:
-            node, offset = self.root, 0
-        else:
-            entry = self.find(parent)
-            if entry is None:
-                return None
-            node, offset = entry[0], entry[1] + 1
-        return list(self._follow(hashes, node, offset))
+            return self._follow(hashes, 0, self.root, 0)
+        entry = self.find(parent)
+        return self._follow(hashes, 0, entry[0], entry[1] + 1) if entry else None
 
     def runs(self, hashes: bytes) -> list[tuple[int, Piece]]:
         """Every known block of `hashes` as (position, piece), wherever it is: gaps in the chain are stepped over."""
-        found = []
+        found: list[tuple[int, Piece]] = []
         at, total = 0, len(hashes) // HASH_BYTES
         while at < total:
             entry = self.find(hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES])
-            if entry is None:
-                at += 1
-                continue
-            for piece in self._follow(hashes[at * HASH_BYTES :], *entry):
+            for piece in self._follow(hashes, at * HASH_BYTES, *entry) if entry else ():
                 found.append((at, piece))
                 at += piece.count
+            at += entry is None
         return found
+
+    def count_new(self, hashes: bytes) -> int:
+        """How many leading blocks of `hashes` are not in the tree, wherever that might be."""
+        for at in np.flatnonzero(self.table.contains(self.table.fragments(hashes))).tolist():
+            if self.find(hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]):
+                return int(at)
+        return len(hashes) // HASH_BYTES
 
     def path(self, node: Node) -> Iterator[Node]:
         """The node and its ancestors, deepest first, without the root."""
@@ -121,55 +125,70 @@ class Index:
             yield node
             node = node.parent
 
-    def _follow(self, hashes: bytes, node: Node, offset: int) -> Iterator[Piece]:
-        at, total = 0, len(hashes)
+    def _follow(self, hashes: bytes, at: int, node: Node, offset: int) -> list[Piece]:
+        """Pieces that match `hashes` from byte `at`, where block `offset` of `node` (or its children) comes next."""
+        pieces: list[Piece] = []
         while True:
-            size = len(node.hashes)
-            start = offset * HASH_BYTES
+            start, size = offset * HASH_BYTES, len(node.hashes)
             if start < size:
                 count = _common(node.hashes, start, hashes, at)
                 if count:
-                    yield Piece(node, offset, count)
+                    pieces.append(Piece(node, offset, count))
                 at += count * HASH_BYTES
                 if start + count * HASH_BYTES < size:
-                    return
-            child = node.children.get(hashes[at : at + HASH_BYTES]) if at < total and node.children else None
+                    return pieces
+            child = node.children.get(hashes[at : at + HASH_BYTES]) if node.children else None
             if child is None:
-                return
+                return pieces
             node, offset = child, 0
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
-    def extend(self, node: Node, hashes: bytes, slots: Slots, last_use: int) -> Node:
-        """Hang new blocks (slots: int32[tiers, n]) below the *last* block of `node`; returns the node they are in.
+    def extend(self, node: Node, hashes: bytes, slots: Slots, now: int) -> Node:
+        """Hang blocks that are not in the tree (slots: int32[tiers, n]) below the *last* block of `node`, which was just
+        touched; returns the node they are in.
 
         A leaf that was last used at the same time grows in place; else a child is added.
         """
-        count = len(hashes) // HASH_BYTES
-        self.blocks += count
-        fragments = fragments_of(hashes)
-        if node.parent is not None and not node.children and node.last_use == last_use:
+        now = self._latest = max(self._latest, now)
+        if node.parent is not None and not node.children and node.last_use == now:
+            self.table.add(self.table.fragments(hashes), np.full(slots.shape[1], node.id, np.int32))
+            self.blocks += slots.shape[1]
             node.hashes += hashes
             node.slots = np.concatenate((node.slots, slots), axis=1)
         else:
-            node = self._add(node, hashes, slots.copy(), last_use)
-        self.table.add(fragments, np.full(count, node.id, np.int32))
+            node = self.attach(node, hashes, slots.copy(), now)
+        self.touched[node] = None
         self._enlist(node)
         return node
+
+    def attach(self, parent: Node, hashes: bytes, slots: Slots, last_use: int, uses: int = 0) -> Node:
+        """Add a child of the last block of `parent`, without a place in the orders: `arrange` gives it one (recovery)."""
+        node = self._add(parent, hashes, slots, last_use, uses)
+        self.blocks += len(node)
+        self.table.add(self.table.fragments(hashes), np.full(len(node), node.id, np.int32))
+        return node
+
+    def arrange(self, nodes: list[Node]) -> None:
+        """Enter nodes into the orders, the first as the coldest."""
+        for tier, order in enumerate(self.orders):
+            for node in nodes:
+                if node.slots[tier].max() >= 0:
+                    order.add(node)
+        self._latest = max([self._latest, *(node.last_use for node in nodes)])
 
     def split(self, node: Node, offset: int) -> Node:
         """Cut a node before block `offset` (0 < offset < len): returns the new head; `node` stays as the tail."""
         cut = offset * HASH_BYTES
-        head = self._add(node.parent, node.hashes[:cut], node.slots[:, :offset].copy(), node.last_use)
-        head.uses = node.uses
+        assert node.parent is not None and 0 < cut < len(node.hashes)
+        head = self._add(node.parent, node.hashes[:cut], node.slots[:, :offset].copy(), node.last_use, node.uses)
         node.hashes, node.slots = node.hashes[cut:], node.slots[:, offset:].copy()
         node.parent, head.children = head, {node.hashes[:HASH_BYTES]: node}
         if len(head) > len(node):  # the larger part keeps the id that its table entries name
-            head.id, node.id = node.id, head.id
-            self._nodes[head.id], self._nodes[node.id] = head, node
-            self.table.reassign(fragments_of(node.hashes), head.id, node.id)
+            self._swap_ids(head, node)
+            self.table.reassign(self.table.fragments(node.hashes), head.id, node.id)
         else:
-            self.table.reassign(fragments_of(head.hashes), node.id, head.id)
+            self.table.reassign(self.table.fragments(head.hashes), node.id, head.id)
         if node in self.touched:
             self.touched[head] = None
         self._enlist(head)
@@ -185,10 +204,11 @@ class Index:
         """
         if not pieces:
             return []
+        now = self._latest = max(self._latest, now)
         node, start, count = pieces[-1]
         if start + count < len(node):
             node = self.split(node, start + count)
-            pieces[-1] = Piece(node, start, count)
+            pieces = [*pieces[:-1], Piece(node, start, count)]
         path = list(self.path(node))
         for member in path:
             member.last_use = now
@@ -202,55 +222,64 @@ class Index:
         return pieces
 
     def _merge(self, path: list[Node], pieces: list[Piece]) -> list[Piece]:
-        """Join only children to their parents along a freshly touched path."""
-        known = {id(piece.node): piece for piece in pieces}
+        """Join only children to their parents along a freshly touched path (deepest first); returns the pieces as they are now."""
+        groups = [[path[-1]]]
+        for node in path[-2::-1]:
+            if len(groups[-1][-1].children or ()) == 1:
+                groups[-1].append(node)
+            else:
+                groups.append([node])
+        place: dict[Node, tuple[Node, int]] = {}
+        for group in groups:
+            shift = 0
+            for node in group:
+                place[node] = group[0], shift
+                shift += len(node)
         merged: list[Piece] = []
-        for child in path[:-1]:
-            parent = child.parent
-            assert parent is not None and parent.parent is not None
-            piece = known.pop(id(child), None)
-            if len(parent.children or ()) != 1:
-                if piece is not None:
-                    merged.append(piece)
-                continue
-            above = known.get(id(parent))
-            shift = len(parent)
-            if piece is not None:
-                start, count = (above.start, above.count + piece.count) if above else (shift + piece.start, piece.count)
-                known[id(parent)] = Piece(parent, start, count)
-            self._absorb(parent, child)
-        top = known.pop(id(path[-1]), None)
-        return ([top] if top else []) + merged[::-1]
+        for node, start, count in pieces:
+            top, shift = place[node]
+            if merged and merged[-1].node is top:
+                count += merged.pop().count
+            merged.append(Piece(top, shift + start, count))
+        for group in groups:
+            if len(group) > 1:
+                self._join(group)
+        return merged
 
-    def _absorb(self, parent: Node, child: Node) -> None:
-        """Append an only child to its parent, which keeps its place."""
-        keep, gone = (parent, child) if len(parent) >= len(child) else (child, parent)
-        self.table.reassign(fragments_of(gone.hashes), gone.id, keep.id)
-        parent.hashes += child.hashes
-        parent.slots = np.concatenate((parent.slots, child.slots), axis=1)
-        parent.children = child.children
-        for grandchild in (child.children or {}).values():
-            grandchild.parent = parent
-        kept, free = keep.id, gone.id
-        parent.id, child.id = kept, free
-        self._nodes[kept] = parent
-        self._enlist(parent)
-        self._forget(child)
+    def _join(self, group: list[Node]) -> None:
+        """Append a line of only children to the first of them, which keeps its place."""
+        top, largest = group[0], max(group, key=len)
+        for node in group:
+            if node is not largest:
+                self.table.reassign(self.table.fragments(node.hashes), node.id, largest.id)
+        if largest is not top:
+            self._swap_ids(top, largest)
+        top.hashes = b"".join([node.hashes for node in group])
+        top.slots = np.concatenate([node.slots for node in group], axis=1)
+        top.children = group[-1].children
+        for child in (top.children or {}).values():
+            child.parent = top
+        self._enlist(top)
+        for node in group[1:]:
+            self._forget(node)
 
     # -- shrinking ----------------------------------------------------------------------------------------------------
-
-    def clear(self, tier: int, node: Node, offsets: NDArray[np.intp] | slice) -> None:
-        """Forget the copies of some of a node's blocks in one tier; call `trim` afterwards."""
-        node.slots[tier, offsets] = -1
-        if node.slots[tier].max() < 0:
-            self.orders[tier].remove(node)
 
     def assign(self, tier: int, piece: Piece, slots: Slots) -> None:
         """Record where a piece's blocks live in one tier (int32[count])."""
         piece.node.slots[tier, piece.start : piece.start + piece.count] = slots
+        self.touched[piece.node] = None
         self._enlist(piece.node)
 
-    def trim(self, nodes: list[Node]) -> None:
+    def clear(self, tier: int, node: Node, offsets: NDArray[np.intp]) -> Slots:
+        """Forget the copies of some of a node's blocks in one tier; returns their slots. Call `trim` afterwards."""
+        slots = node.slots[tier, offsets]
+        node.slots[tier, offsets] = -1
+        if node.slots[tier].max() < 0:
+            self.orders[tier].remove(node)
+        return slots
+
+    def trim(self, nodes: Iterable[Node]) -> None:
         """Remove what lives nowhere from the tails of these nodes, and of ancestors that become childless."""
         dropped: list[bytes] = []
         owners: list[tuple[int, int]] = []
@@ -274,7 +303,7 @@ class Index:
                 node = above
         if dropped:
             ids, counts = zip(*owners, strict=True)
-            fragments = fragments_of(b"".join(dropped))
+            fragments = self.table.fragments(b"".join(dropped))
             self.blocks -= len(fragments)
             self.table.drop(fragments, np.repeat(np.array(ids, np.int32), counts))
 
@@ -287,6 +316,7 @@ class Index:
     def check(self) -> None:
         """Raise AssertionError if any rule of this file is broken; for tests and idle time."""
         blocks = 0
+        ranks = [{node: rank for rank, node in enumerate(order.coldest())} for order in self.orders]
         stack = [self.root]
         while stack:
             node = stack.pop()
@@ -295,27 +325,32 @@ class Index:
                 assert child.parent is node and child.hashes.startswith(first), f"{child} hangs wrong below {node}"
                 assert node is self.root or child.last_use <= node.last_use, f"{child} is hotter than {node}"
                 stack.append(child)
-            if node is self.root:
-                continue
-            blocks += len(node)
-            assert len(node) and node.slots.shape == (self.tiers, len(node)), f"{node}: slots {node.slots.shape}"
-            assert self._nodes[node.id] is node, f"{node} is not at its id"
-            for at in range(0, len(node.hashes), HASH_BYTES):
-                assert self.find(node.hashes[at : at + HASH_BYTES]) == (node, at // HASH_BYTES), f"{node}: {at} unknown"
-            for tier, order in enumerate(self.orders):
-                assert (node in order) == bool((node.slots[tier] >= 0).any()), f"{node}: order of tier {tier} is wrong"
-            if not node.children:
-                assert (node.slots[:, -1] >= 0).any(), f"{node} ends in a block that lives nowhere"
+            if node is not self.root:
+                blocks += len(node)
+                self._check_node(node, ranks)
         assert blocks == self.blocks == self.table.size, (
             f"{blocks} blocks, {self.blocks} counted, {self.table.size} in table"
         )
         assert len(self._nodes) - 1 - len(self._ids) == sum(1 for _ in self.nodes()), "node ids leak"
+        assert all(self._nodes[node.id] is node for node in self.touched), "a forgotten node is still marked as touched"
+        self.table.check()
 
-    def _add(self, parent: Node | None, hashes: bytes, slots: Slots, last_use: int) -> Node:
-        assert parent is not None
+    def _check_node(self, node: Node, ranks: list[dict[Node, int]]) -> None:
+        assert len(node) and node.slots.shape == (self.tiers, len(node)), f"{node}: slots {node.slots.shape}"
+        assert self._nodes[node.id] is node, f"{node} is not at its id"
+        for at in range(0, len(node.hashes), HASH_BYTES):
+            assert self.find(node.hashes[at : at + HASH_BYTES]) == (node, at // HASH_BYTES), f"{node}: {at} unknown"
+        for tier, rank in enumerate(ranks):
+            assert (node in rank) == bool((node.slots[tier] >= 0).any()), f"{node}: order of tier {tier} is wrong"
+            above = next((member for member in self.path(node) if member is not node and member in rank), None)
+            assert node not in rank or above is None or rank[node] < rank[above], f"{above} goes before {node}"
+        if not node.children:
+            assert (node.slots[:, -1] >= 0).any(), f"{node} ends in a block that lives nowhere"
+
+    def _add(self, parent: Node, hashes: bytes, slots: Slots, last_use: int, uses: int) -> Node:
         node_id = self._ids.pop() if self._ids else len(self._nodes)
         node = Node(node_id, hashes, slots, parent)
-        node.last_use = last_use
+        node.last_use, node.uses = last_use, uses
         if node_id == len(self._nodes):
             self._nodes.append(node)
         else:
@@ -325,12 +360,16 @@ class Index:
         parent.children[hashes[:HASH_BYTES]] = node
         return node
 
+    def _swap_ids(self, one: Node, other: Node) -> None:
+        one.id, other.id = other.id, one.id
+        self._nodes[one.id], self._nodes[other.id] = one, other
+
     def _enlist(self, node: Node) -> None:
         """Enter a node in the orders of the tiers that it is new in, and keep its ancestors behind it (hotter)."""
         for order, row in zip(self.orders, node.slots, strict=True):
             if node not in order and row.max() >= 0:
                 order.add(node)
-                for member in self.path(node.parent or self.root):
+                for member in self.path(node):
                     if member in order:
                         order.touch(member)
 
@@ -343,13 +382,22 @@ class Index:
         self._ids.append(node.id)
 
 
+def _offset(run: bytes, block: bytes) -> int:
+    """Where a block hash is in a packed run, in blocks; -1: nowhere."""
+    rows = np.frombuffer(run, np.uint64).reshape(-1, HASH_BYTES // 8)
+    words = np.frombuffer(block, np.uint64)
+    spots = np.flatnonzero(rows[:, 0] == words[0])
+    spots = spots[(rows[spots] == words).all(1)]
+    return int(spots[0]) if len(spots) else -1
+
+
 def _common(run: bytes, start: int, hashes: bytes, at: int) -> int:
     """How many whole hashes `run` from byte `start` and `hashes` from byte `at` have in common."""
     size = min(len(run) - start, len(hashes) - at)
-    if start == 0 and size == len(run) and hashes.startswith(run, at):
+    if size == 0 or (start == 0 and size == len(run) and hashes.startswith(run, at)):
         return size // HASH_BYTES
     left = np.frombuffer(run, np.uint64, size // 8, start)
     right = np.frombuffer(hashes, np.uint64, size // 8, at)
     differ = left != right
-    first = int(differ.argmax()) if size else 0
-    return first // 4 if size and differ[first] else size // HASH_BYTES
+    first = int(differ.argmax())
+    return first // 4 if differ[first] else size // HASH_BYTES

@@ -77,18 +77,17 @@ class Pool:
         """Take up to `count` free slots: FILLING, with one user (the taker)."""
         count = min(count, self._free)
         self._free -= count
-        taken = self._stack[self._free : self._free + count].copy()
+        taken = self._stack[self._free : self._free + count][::-1].copy()
         self.state[taken] = FILLING
         self.users[taken] = 1
         return taken
 
     def claim(self, slots: Slots, state: int) -> None:
-        """Take given free slots, as recovery found them (READY, or RETIRED for what only waits for its holders)."""
+        """Take given free slots, as recovery found them: READY, or RETIRED for what only waits for its holders (and needs
+        a user at once)."""
+        assert (self.state[slots] == FREE).all(), "only free slots can be claimed"
         self.state[slots] = state
-        free = self._stack[: self._free]
-        free = free[self.state[free] == FREE]
-        self._free = len(free)
-        self._stack[: self._free] = free
+        self._keep_free(self.state[self._stack[: self._free]] == FREE)
 
     def begin(self, slots: Slots, hashes: bytes, parents: bytes) -> None:
         """Write FILLING and the identities (packed 32-byte hashes) of taken slots."""
@@ -105,16 +104,17 @@ class Pool:
 
     def use(self, slots: Slots) -> None:
         """One more user of each slot."""
-        self.users[slots] += 1
+        self.users[rows_of(slots)] += 1
 
     def unuse(self, slots: Slots) -> None:
         """One user less; retired slots without users become free."""
-        users = self.users[slots] - 1
+        rows = rows_of(slots)
+        users = self.users[rows] - 1
         assert users.min(initial=0) >= 0, "a slot was given back more often than it was used"
-        self.users[slots] = users
-        done = slots[(users == 0) & (self.state[slots] == RETIRED)]
-        if len(done):
-            self._release(done)
+        self.users[rows] = users
+        retired = self.state[rows] == RETIRED
+        if retired.any():
+            self._release(slots[retired & (users == 0)])
 
     def give(self, slots: Slots) -> None:
         """The filler gives its slots back unwritten, or with bytes that nobody may see."""
@@ -124,9 +124,7 @@ class Pool:
     def retire(self, slots: Slots) -> None:
         """The blocks left the index: free at once what nobody uses, the rest with its last user."""
         self.state[slots] = RETIRED
-        done = slots[self.users[slots] == 0]
-        if len(done):
-            self._release(done)
+        self._release(slots[self.users[slots] == 0])
 
     def quarantine(self, slots: Slots) -> None:
         """Never use these slots again in this life; on the medium they are free."""
@@ -137,20 +135,20 @@ class Pool:
     def hold(self, slots: Slots, bit: int) -> None:
         """Set a session's holder bit, before it is told the slots."""
         for ordinal, local, _ in self.by_segment(slots):
-            self.segments[ordinal].hold(local, bit)
+            self.segments[ordinal].holders[rows_of(local)] |= np.uint64(1 << bit)
 
     def unhold(self, slots: Slots, bit: int) -> None:
         """Clear a session's holder bit."""
         for ordinal, local, _ in self.by_segment(slots):
-            self.segments[ordinal].unhold(local, bit)
+            self.segments[ordinal].holders[rows_of(local)] &= ~np.uint64(1 << bit)
 
     def close_segment(self, ordinal: int) -> None:
-        """Stop using a segment for new blocks; its blocks must be retired by the caller."""
+        """Stop using a segment for new blocks: what is being filled retires; its blocks must be retired by the caller."""
         self.closing.add(ordinal)
-        free = self._stack[: self._free]
-        free = free[free // self.slots_per_segment != ordinal]
-        self._free = len(free)
-        self._stack[: self._free] = free
+        first = ordinal * self.slots_per_segment
+        state = self.state[first : first + self.slots_per_segment]
+        state[state == FILLING] = RETIRED
+        self._keep_free(self._stack[: self._free] // self.slots_per_segment != ordinal)
 
     def is_idle(self, ordinal: int) -> bool:
         """Whether nobody uses any slot of the segment."""
@@ -182,7 +180,7 @@ class Pool:
             return
         ordinals = slots // self.slots_per_segment
         if ordinals[0] == ordinals[-1] and (ordinals == ordinals[0]).all():
-            yield int(ordinals[0]), slots - ordinals[0] * self.slots_per_segment, slice(None)
+            yield int(ordinals[0]), slots - ordinals[0] * np.int32(self.slots_per_segment), slice(None)
             return
         for ordinal in np.flatnonzero(np.bincount(ordinals)).tolist():
             where = np.flatnonzero(ordinals == ordinal)
@@ -198,6 +196,11 @@ class Pool:
         assert (self.users >= 0).all(), "negative users"
         assert (self.users[self.state == RETIRED] > 0).all(), "a retired slot without users was not freed"
 
+    def _keep_free(self, kept: NDArray[np.bool_]) -> None:
+        free = self._stack[: self._free][kept]
+        self._free = len(free)
+        self._stack[: self._free] = free
+
     def _release(self, slots: Slots) -> None:
         self.state[slots] = FREE
         for ordinal, local, _ in self.by_segment(slots):
@@ -207,8 +210,16 @@ class Pool:
         self._push(slots)
 
     def _push(self, slots: Slots) -> None:
-        self._stack[self._free : self._free + len(slots)] = slots
+        """Free slots are taken again in the order that they have here: neighbours stay neighbours."""
+        self._stack[self._free : self._free + len(slots)] = slots[::-1]
         self._free += len(slots)
+
+
+def rows_of(slots: Slots) -> NDArray[np.int64] | slice:
+    """The fastest index for these slots: a slice where they are neighbours in rising order, as they are in a young pool."""
+    if len(slots) > 1 and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and (slots[1:] - slots[:-1] == 1).all():
+        return slice(int(slots[0]), int(slots[-1]) + 1)
+    return slots.astype(np.int64)
 
 
 def _resized(array: NDArray, size: int) -> NDArray:  # type: ignore[type-arg]

@@ -1,0 +1,194 @@
+"""How fast blocks get from an engine's pool into tierd and back, against plain memcpy of the same blocks with the same threads.
+
+Each round copies, stores and loads the same number of blocks, taking turns. The pools, and what lies in tierd between a
+store and the load of the same chain, are several times the last-level cache; every page was touched before; pages are in
+shuffled order, as in an engine that has run for a while.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd.bench.machine import last_level_cache_bytes
+from tierd.bench.report import Column, Result, Row, Task, at_least, share, size, speed
+from tierd.bench.scratch import LAYOUTS, Daemon, scratch_daemon
+from tierd.block import HASH_BYTES
+from tierd.client import Client
+from tierd.clock import monotonic_seconds
+from tierd.errors import Busy
+from tierd.values import GIB, KIB, MIB
+
+BLOCK_BYTES = (360 * KIB, 2 * MIB)
+RATIO_MIN = 0.8
+ROUNDS = 15
+CACHES = 4
+"""The working set is at least this many last-level caches."""
+BATCH_BLOCKS = 32
+CHAINS_BETWEEN = 3
+"""A chain is loaded when this many younger ones have been stored."""
+SYNC_SECONDS_MAX = 60.0
+DEADLINE_SECONDS = 10.0
+THREADS = (1, 2)
+
+Pages = NDArray[np.int64]
+
+
+def run(task: Task) -> Result:
+    """Measure every block size with every number of copying threads, and once more with write-back."""
+    rows = []
+    for block_bytes in BLOCK_BYTES:
+        variants = []
+        for threads in THREADS:
+            task.say(f"transfer: {size(block_bytes)}, {threads} threads")
+            variants.append(measure(task, block_bytes, threads))
+        task.say(f"transfer: {size(block_bytes)}, with write-back")
+        variants.append(measure(task, block_bytes, default_threads(block_bytes), write_back=True))
+        head = next(row for row in variants if row["copy_threads"] == default_threads(block_bytes))
+        rows.append({**head, "variants": [row for row in variants if row is not head]})
+    verdicts = [
+        at_least(f"{size(row['block_bytes'])}, {verb} / memcpy", row[f"{verb}_ratio"], RATIO_MIN)
+        for row in rows
+        for verb in ("store", "load")
+    ]
+    notes = [
+        f"{BATCH_BLOCKS} blocks a batch, commit and lease traffic included; the first row of a size is the client's default",
+        f"memcpy: np.copyto per block, same threads; pools of {size(pool_bytes(task, 1))} each, shuffled pages, all prefaulted",
+        f"medians of {rows[0]['rounds']} interleaved rounds; every store evicts; nvme is off except where write-back says on",
+    ]
+    return Result("transfer", rows, COLUMNS, verdicts, notes)
+
+
+def default_threads(block_bytes: int) -> int:
+    """How many threads a client copies with when it is not told."""
+    return Client("/nonexistent", model="bench", layout=LAYOUTS[block_bytes]).copy_threads
+
+
+def pool_bytes(task: Task, block_bytes: int) -> int:
+    """Bytes of each pool: whole batches, more than CACHES caches."""
+    batch_bytes = BATCH_BLOCKS * block_bytes
+    wanted = batch_bytes if task.quick else CACHES * last_level_cache_bytes()
+    return -(-wanted // batch_bytes) * batch_bytes
+
+
+def measure(task: Task, block_bytes: int, threads: int, write_back: bool = False) -> Row:
+    """One row: bytes per second of store, load and memcpy."""
+    chain_bytes = pool_bytes(task, block_bytes)
+    # A tier that holds the chains in between, the one being stored, the one being loaded, and is full all the time.
+    tier_bytes = max((CHAINS_BETWEEN + 3) * chain_bytes, (128 * MIB if task.quick else GIB)) // (64 * MIB) * (64 * MIB)
+    nvme_bytes = 2 * tier_bytes if write_back else 0
+    with (
+        scratch_daemon(task.directory, cpu__bytes=tier_bytes, nvme__bytes=nvme_bytes) as daemon,
+        Client(
+            daemon.socket,
+            model="bench",
+            layout=LAYOUTS[block_bytes],
+            deadline_seconds=DEADLINE_SECONDS,
+            copy_threads=threads,
+        ) as client,
+        Copies(client, chain_bytes // block_bytes, block_bytes, threads) as copies,
+    ):
+        for _ in range(tier_bytes // chain_bytes + 2):  # until it evicts, and the client has touched every page
+            copies.store()
+        copies.load()
+        seconds: dict[str, list[float]] = {"memcpy": [], "store": [], "load": []}
+        for _ in range(2 if task.quick else ROUNDS):
+            for name, taken in seconds.items():
+                taken.append(getattr(copies, name)())
+            if write_back:
+                daemon.sync(SYNC_SECONDS_MAX)
+        facts = evictions(daemon)
+    row: dict[str, Any] = {"block_bytes": block_bytes, "copy_threads": threads, "write_back": write_back}
+    for name in ("store", "load", "memcpy"):
+        row[f"{name}_bytes_per_second"] = chain_bytes / median(seconds[name])
+    for name in ("store", "load"):
+        row[f"{name}_ratio"] = median(seconds["memcpy"]) / median(seconds[name])
+        row[f"{name}_ratio_pairwise"] = median(
+            m / taken for m, taken in zip(seconds["memcpy"], seconds[name], strict=True)
+        )
+    return {**row, "rounds": len(seconds["load"]), "bytes_per_round": chain_bytes, "batch_blocks": BATCH_BLOCKS, **facts}
+
+
+def evictions(daemon: Daemon) -> dict[str, int]:
+    """How many blocks had to go for those that were stored."""
+    return {"evicted_blocks": sum(daemon.status()["evicted_blocks"].values())}
+
+
+class Copies:
+    """Two pools of `blocks` pages each, and the three ways to copy all blocks of one; each returns its seconds."""
+
+    def __init__(self, client: Client, blocks: int, block_bytes: int, threads: int) -> None:
+        self._client, self._blocks, self._threads = client, blocks, threads
+        self._order = np.random.default_rng(1)
+        numbers = np.arange(blocks * block_bytes // 8, dtype=np.uint64).reshape(blocks, -1)
+        self._source = numbers.view(np.uint8)
+        self._target = np.zeros_like(self._source)
+        self._chains: deque[tuple[bytes, Pages]] = deque(maxlen=CHAINS_BETWEEN + 1)
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> Copies:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def memcpy(self) -> float:
+        """What numpy alone needs, each thread with its share of the blocks."""
+        pairs = list(zip(self._pages().tolist(), self._pages().tolist(), strict=True))
+        shares = [pairs[at :: self._threads] for at in range(self._threads)]
+        started = monotonic_seconds()
+        if self._threads == 1:
+            self._copy(pairs)
+        else:
+            list(self._pool.map(self._copy, shares))
+        return monotonic_seconds() - started
+
+    def store(self) -> float:
+        """A new chain from the source pool."""
+        hashes, pages = os.urandom(self._blocks * HASH_BYTES), self._pages()
+        started = monotonic_seconds()
+        stored = self._client.store(hashes, self._source, pages)
+        seconds = monotonic_seconds() - started
+        if stored.stored != self._blocks:
+            raise Busy(f"only {stored.stored} of {self._blocks} blocks were stored: the scratch daemon is overloaded")
+        self._chains.append((hashes, pages))
+        return seconds
+
+    def load(self) -> float:
+        """The oldest chain that we remember, to the target pool."""
+        hashes, stored_from = self._chains[0]
+        pages = self._pages()
+        started = monotonic_seconds()
+        loaded = self._client.load(hashes, self._target, pages)
+        seconds = monotonic_seconds() - started
+        if loaded != self._blocks:
+            raise Busy(f"only {loaded} of {self._blocks} blocks were hits: the scratch daemon is overloaded")
+        for at in (0, -1):
+            assert np.array_equal(self._target[pages[at]], self._source[stored_from[at]]), "a hit with wrong bytes"
+        return seconds
+
+    def _pages(self) -> Pages:
+        return self._order.permutation(self._blocks)
+
+    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+        for target, source in pairs:
+            np.copyto(self._target[target], self._source[source])
+
+
+COLUMNS = (
+    Column("block", lambda row: size(row["block_bytes"])),
+    Column("threads", lambda row: str(row["copy_threads"])),
+    Column("write-back", lambda row: "on" if row["write_back"] else "off"),
+    Column("store", lambda row: speed(row["store_bytes_per_second"])),
+    Column("load", lambda row: speed(row["load_bytes_per_second"])),
+    Column("memcpy", lambda row: speed(row["memcpy_bytes_per_second"])),
+    Column("store / memcpy", lambda row: share(row["store_ratio"])),
+    Column("load / memcpy", lambda row: share(row["load_ratio"])),
+    Column("evicted", lambda row: f"{row['evicted_blocks']:,}"),
+)

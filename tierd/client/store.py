@@ -1,0 +1,154 @@
+"""Storing a run of blocks: batch by batch, where the next one is asked for while this one is copied.
+
+A block's parent must be known to the daemon, and the blocks of a batch are known from its commit on. So a `store` that is asked
+ahead names the batch before it once more: its blocks are answered as pending, and its parent was committed before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd.block import HASH_BYTES
+from tierd.client.connection import Connection, Ticket
+from tierd.client.transfer import Pages, Pool
+from tierd.errors import Closed, Gone, TierdError
+from tierd.wire.messages import NO_ROOM, WRITING, unpack_slots
+
+if TYPE_CHECKING:
+    from tierd.client.client import Client
+
+BATCH_BLOCKS = 32
+BATCH_BYTES = 8 << 20
+"""A batch has BATCH_BLOCKS, or as many small blocks as make this."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of the blocks of one store: written now, there already (or being written by others), and neither."""
+
+    stored: int = 0
+    present: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks `first` to `last`, asked for together with those from `base` on."""
+
+    base: int
+    first: int
+    last: int
+    ticket: Ticket
+    ahead: bool
+
+
+class Storing:
+    """One call of `Client.store`."""
+
+    def __init__(self, client: Client, hashes: bytes, parent: bytes, pool: Pool, pages: Pages) -> None:
+        self._client = client
+        self._hashes = hashes
+        self._parent = parent
+        self._pool = pool
+        self._pages = pages
+        self._blocks = len(pages)
+        self._batch_blocks = min(
+            max(BATCH_BLOCKS, BATCH_BYTES // client.layout.block_bytes), client.session.blocks_max // 2
+        )
+        self._commits: deque[Ticket] = deque()
+        self._stored = self._present = 0
+
+    def run(self, connection: Connection) -> Stored:
+        """Store what there is room for; whatever else happens, the rest is refused."""
+        self._connection = connection
+        batch: Batch | None = None
+        try:
+            batch = self._ask(0, 0)
+            while batch is not None:
+                batch = self._store(batch)
+        except TierdError as error:
+            self._client.failed("store", error)
+        finally:
+            self._collect(0)
+        self._client.count(blocks_stored=self._stored, bytes_stored=self._stored * self._client.layout.block_bytes)
+        return Stored(self._stored, self._present, max(0, self._blocks - self._stored - self._present))
+
+    def _store(self, batch: Batch) -> Batch | None:
+        """Take a batch's answer, ask for the next, copy and commit; returns the next, or None at the end."""
+        try:
+            lease, codes = self._placed(batch)
+        except Gone:
+            if not batch.ahead:
+                raise
+            return self._again(batch.first)
+        new = codes[batch.first - batch.base :]
+        full = new == NO_ROOM
+        done = int(full.argmax()) if full.any() else len(new)
+        self._present += int(((new[:done] < 0) & (new[:done] != NO_ROOM)).sum())
+        following = None
+        if done == len(new) and batch.last < self._blocks:
+            following = self._ask(batch.first, batch.last, ahead=True)
+        try:
+            self._write(lease, codes, batch.base)
+        except BaseException:
+            if following is not None:
+                self._connection.abandon(following.ticket)
+            raise
+        if done == len(new):
+            return following
+        return self._again(batch.first + done) if done or batch.ahead else None
+
+    def _ask(self, base: int, first: int, ahead: bool = False) -> Batch:
+        last = min(first + self._batch_blocks, self._blocks)
+        hashes = self._hashes[base * HASH_BYTES : last * HASH_BYTES]
+        parent = self._hashes[(base - 1) * HASH_BYTES : base * HASH_BYTES] if base else self._parent
+        arguments = {"hashes": hashes, "parent": parent}
+        ticket = self._connection.ask("store", arguments, self._client.deadline_seconds, undo="abort")
+        return Batch(base, first, last, ticket, ahead)
+
+    def _again(self, first: int) -> Batch:
+        """Ask for the blocks from `first` on once nothing of ours is uncommitted."""
+        self._collect(0)
+        return self._ask(first, first)
+
+    def _placed(self, batch: Batch) -> tuple[int, NDArray[np.int32]]:
+        reply = self._connection.wait(batch.ticket, self._client.deadline_seconds)
+        codes = unpack_slots(reply["slots"])
+        if (
+            len(codes) != batch.last - batch.base
+            or (codes < NO_ROOM).any()
+            or bool(reply["lease"]) != bool((codes >= 0).any())
+        ):
+            raise Closed(
+                f"store of {batch.last - batch.base} blocks was answered with {len(codes)} slots, lease {reply['lease']}"
+            )
+        return reply["lease"], codes
+
+    def _write(self, lease: int, codes: NDArray[np.int32], base: int) -> None:
+        """Fill every slot that was given, and say so."""
+        if not lease:
+            return
+        client = self._client
+        given = np.flatnonzero(codes >= 0)
+        try:
+            with client.session.copying(self._connection, codes[given], WRITING) as parts:
+                client.copier.store(parts, self._pool, self._pages[base + given])
+        except BaseException:
+            self._connection.tell("abort", {"lease": lease})
+            raise
+        self._commits.append(self._connection.ask("commit", {"lease": lease}, client.deadline_seconds))
+        self._collect(1)
+
+    def _collect(self, left: int) -> None:
+        """Wait for commits until only `left` are unanswered."""
+        while len(self._commits) > left:
+            try:
+                reply = self._connection.wait(self._commits.popleft(), self._client.deadline_seconds)
+                self._stored += reply["committed"]
+            except TierdError as error:
+                self._client.failed("commit", error)
