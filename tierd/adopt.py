@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tierd import systemd
-from tierd.core.cache import LOWER
+from tierd.core.plan import LOWER
 from tierd.core.pool import FREE, RETIRED
 from tierd.core.recovery import Rows, recover
 from tierd.errors import Invalid
@@ -120,9 +120,7 @@ def _rows(scans: list[tuple[int, Scan]], slots_per_segment: int) -> Rows:
         return np.concatenate([np.empty(0, kind), *(getattr(scan, name) for _, scan in scans)])
 
     return Rows(
-        slots=np.concatenate(
-            [np.empty(0, np.int32), *(scan.slots + np.int32(at * slots_per_segment) for at, scan in scans)]
-        ),
+        slots=np.concatenate([np.empty(0, np.int32), *(scan.slots + np.int32(at * slots_per_segment) for at, scan in scans)]),
         hashes=b"".join(scan.hashes for _, scan in scans),
         parents=b"".join(scan.parents for _, scan in scans),
         generations=joined("generations", np.uint64),
@@ -194,5 +192,3 @@ def _give_up_descriptors(name: str, descriptors: list[int]) -> None:
 def _count(result: Adopted, **numbers: int) -> None:
     for reason, number in numbers.items():
         result.lost[reason] = result.lost.get(reason, 0) + number
-
-

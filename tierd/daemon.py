@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, suppress
 
 import uvloop
 
-from tierd import __version__, clock, log, systemd
+from tierd import __version__, clock, history, log, systemd
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
@@ -49,6 +49,7 @@ async def serve(config: Config) -> int:
     async with AsyncExitStack() as stack:
         state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
         stack.callback(state.close)
+        previous = await history.begin(config.server.state_dir, clock.unix_milliseconds())
         tiers, path = open_tiers(config, state)
         keeper = Keeper(tiers, config.nvme.io_threads)
         stack.push_async_callback(keeper.close)
@@ -89,13 +90,16 @@ async def serve(config: Config) -> int:
         serving.set()
         systemd.ready()
         seconds = clock.monotonic_seconds() - started
-        logger.info("ready", version=__version__, socket=server.socket, io=path[0], path=path[1], seconds=seconds)
+        logger.info(
+            "ready", version=__version__, socket=server.socket, io=path[0], path=path[1], previous=previous, seconds=seconds
+        )
         await stop.wait()
         systemd.stopping()
         logger.info("draining", unwritten=keeper.unwritten())
         service.drain()
         with suppress(Busy):
             await keeper.sync(clock.monotonic_seconds() + config.limits.drain_seconds_max)
+    await history.end(config.server.state_dir, clock.unix_milliseconds())
     logger.info("stopped", unwritten=keeper.unwritten())
     return 0
 

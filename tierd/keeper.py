@@ -14,8 +14,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from tierd import clock
-from tierd.core.cache import LOWER, UPPER
-from tierd.core.plan import WRITE_BACK, Transfer
+from tierd.core.plan import LOWER, UPPER, WRITE_BACK, Transfer
 from tierd.errors import Busy, TierdError
 from tierd.log import get_logger
 from tierd.mover import Mover
@@ -27,6 +26,8 @@ WRITE_BACK_BYTES = 32 << 20
 """Size of one write-back transfer."""
 WRITE_BACKS_MAX = 4
 """Write-back transfers under way at a time."""
+WRITE_BACK_SHARE = 0.25
+"""Of a space's memory that write-backs may pin: a store that evicts the rest never waits for the disk."""
 POLL_SECONDS = 0.005
 PAUSE_SECONDS = 2.0
 """How long a tier that had no room on its medium is not asked again."""
@@ -57,7 +58,8 @@ class Keeper:
         lower = space.lower
         if lower is None or self._closing or self._is_paused(LOWER):
             return
-        blocks = max(1, min(128, WRITE_BACK_BYTES // lower.geometry.slot_bytes))
+        share = int(space.upper.pool.slots * WRITE_BACK_SHARE / WRITE_BACKS_MAX)
+        blocks = max(1, min(128, WRITE_BACK_BYTES // lower.geometry.slot_bytes, share))
         while cache.write_back.queue and self.mover.in_flight[WRITE_BACK] < WRITE_BACKS_MAX:
             if lower.pool.free < blocks:
                 if self.can_grow(lower):
@@ -126,7 +128,7 @@ class Keeper:
         return True
 
     async def supply(self, space: Space, wanted: int) -> None:
-        """See that a store of `wanted` blocks finds slots: grow while possible, else take a first segment from another space."""
+        """See that a store of `wanted` blocks finds slots: grow while possible, else take a first segment from another."""
         arena = space.upper
         while arena.pool.free < wanted and self.can_grow(arena):
             if not await self.grow(space, arena):

@@ -52,9 +52,7 @@ class Metrics(Collector):
         counters = self.counters()
         spaces = list(self._keeper.spaces.values())
         yield InfoMetricFamily("tierd_build", "Version of the daemon.", value={"version": __version__})
-        yield InfoMetricFamily(
-            "tierd_io", "How NVMe is reached.", value={"engine": self._io[0], "path": self._io[1]}
-        )
+        yield InfoMetricFamily("tierd_io", "How NVMe is reached.", value={"engine": self._io[0], "path": self._io[1]})
         yield from _from_counters(counters)
         yield from self._moved()
         yield from self._tiers(spaces)
@@ -76,10 +74,14 @@ class Metrics(Collector):
         yield seconds
         yield flying
         yield GaugeMetricFamily("tierd_transfer_parts_queued", "Parts of transfers waiting for an io thread.", mover.queued)
-        yield GaugeMetricFamily("tierd_write_back_runs", "Runs to be written or being written to NVMe.", self._keeper.unwritten())
+        yield GaugeMetricFamily(
+            "tierd_write_back_runs", "Runs to be written or being written to NVMe.", self._keeper.unwritten()
+        )
 
     def _tiers(self, spaces: list[Space]) -> Iterable[Metric]:
-        used = GaugeMetricFamily("tierd_tier_used_bytes", "Bytes of segments that exist, growing or dying ones included.", labels=["tier"])
+        used = GaugeMetricFamily(
+            "tierd_tier_used_bytes", "Bytes of segments that exist, growing or dying ones included.", labels=["tier"]
+        )
         most = GaugeMetricFamily("tierd_tier_limit_bytes", "Bytes that the tier may have.", labels=["tier"])
         slots = GaugeMetricFamily("tierd_slots", "Slots by state.", labels=["tier", "state"])
         for at, tier in enumerate(self._keeper.tiers):
@@ -99,7 +101,9 @@ class Metrics(Collector):
         for reason, number in failures.items():
             failed.add_metric([reason], number)
         yield failed
-        recovered = CounterMetricFamily("tierd_recovered_rows", "Directory rows found at start, by what became of them.", labels=["outcome"])
+        recovered = CounterMetricFamily(
+            "tierd_recovered_rows", "Directory rows found at start, by what became of them.", labels=["outcome"]
+        )
         for outcome, number in self._adopted.items():
             recovered.add_metric([outcome], number)
         yield recovered
@@ -126,7 +130,9 @@ def _from_counters(counters: Counter[tuple[str, ...]]) -> Iterable[Metric]:
     lookups = CounterMetricFamily("tierd_lookup_blocks", "Blocks asked for by lookups, by where they were.", labels=["tier"])
     for tier in LOOKUP_TIERS:
         lookups.add_metric([tier], counters["lookup", tier])
-    evicted = CounterMetricFamily("tierd_evicted_blocks", "Blocks evicted: clean where another tier has them.", labels=["tier", "kind"])
+    evicted = CounterMetricFamily(
+        "tierd_evicted_blocks", "Blocks evicted: clean where another tier has them.", labels=["tier", "kind"]
+    )
     failed = CounterMetricFamily("tierd_transfer_failed_blocks", "Blocks whose transfer failed.", labels=["outcome", "reason"])
     events = CounterMetricFamily("tierd_events", "Decisions worth watching, by name.", labels=["event"])
     mismatches = 0
@@ -141,5 +147,3 @@ def _from_counters(counters: Counter[tuple[str, ...]]) -> Iterable[Metric]:
                 events.add_metric([event], number)
     yield from (lookups, evicted, failed, events)
     yield CounterMetricFamily("tierd_checksum_failures", "Blocks whose bytes were not those that were written.", mismatches)
-
-

@@ -1,8 +1,8 @@
-"""The daemon's end of the sockets: accepts peers, cuts frames, asks the handler, sends replies with or without descriptors.
+"""The daemon's end of the sockets: accepts peers, cuts frames, asks the handler, sends replies and descriptors.
 
 One callback per wake-up reads what is there and answers every complete frame at once; only a handler that returns an
-awaitable costs a task. Rule of this file: a peer can close its own connection by what it sends or does not read, and can do
-nothing to the others.
+awaitable costs a task. Rule of this file: a peer can end its own connection by what it sends or does not read, and can
+do nothing to the others.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Handler(Protocol):
         """A peer is there; raise a TierdError to refuse it (then `disconnected` is not called)."""
 
     def request(self, connection: Connection, request: Request) -> Result | Awaitable[Result]:
-        """Answer a checked request: the reply's fields (None: no fields), or an awaitable of them; raise a TierdError to refuse.
+        """Answer a checked request: the reply's fields (None: none) or an awaitable of them; raise TierdError to refuse.
 
         An awaitable is cancelled when its deadline passes or its connection ends: shield what must not be.
         """
@@ -72,7 +72,7 @@ class Handler(Protocol):
 
 
 class Server:
-    """Listens on one Unix socket until `close`; `admin` serves the admin verbs, to root and the daemon's own user only."""
+    """Listens on a Unix socket until `close`; with `admin` for the admin verbs, of root and the daemon's own user."""
 
     def __init__(self, path: Path, mode: int, handler: Handler, limits: Limits, admin: bool = False) -> None:
         self.path = path
@@ -187,8 +187,8 @@ class Connection:
         self._hello_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        peer, waiting = self.peer, len(self.tasks)
-        return f"<Connection {self.id}: pid {peer.pid} uid {peer.uid}, {waiting} waiting, {self._unsent_bytes} bytes unsent>"
+        who = f"pid {self.peer.pid} uid {self.peer.uid}"
+        return f"<Connection {self.id}: {who}, {len(self.tasks)} waiting, {self._unsent_bytes} bytes unsent>"
 
     def open(self) -> None:
         """Start to read; called by the server once the handler knows the connection."""
@@ -200,7 +200,7 @@ class Connection:
         self._loop.add_reader(self._socket, self._readable)
 
     def send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
-        """Send a push or a reply, never blocking; what the peer does not take at once is kept, up to a limit, and then it is closed.
+        """Send a push or a reply, never blocking. What the peer does not take is kept; over a limit it is disconnected.
 
         Descriptors (at most 253) arrive with the frame's first byte; they are the caller's own again when this returns.
         """
@@ -270,8 +270,6 @@ class Connection:
     def _take_turn(self) -> None:
         """Answer what was received, but let the others have their turn after a while."""
         self._behind = False
-        if self.closed:
-            return
         try:
             for taken, payload in enumerate(self._reader, 1):
                 self._take(decode(payload))
@@ -279,10 +277,14 @@ class Connection:
                     return
                 if taken == FRAMES_PER_TURN:
                     self._behind = True
-                    self._loop.call_soon(self._take_turn)
+                    self._loop.call_soon(self._take_next_turn)
                     return
         except Invalid as error:
             self._refuse(error)
+
+    def _take_next_turn(self) -> None:
+        if not self.closed:
+            self._take_turn()
 
     def _take(self, message: dict[str, Any]) -> None:
         """Answer one message, or start a task that will."""
@@ -414,7 +416,7 @@ def after(parts: list[memoryview], sent: int) -> list[memoryview]:
 
 
 def listen(path: Path, mode: int) -> socket.socket:
-    """A listening Unix socket at `path`; replaces a dead one, raises Invalid over a live one or anything else that is there."""
+    """A listening Unix socket at `path`. Replaces a dead one; raises Invalid over a live one or anything else."""
     try:
         remove_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)

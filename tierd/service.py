@@ -1,7 +1,7 @@
 """What each verb does: from a checked message to its reply. Each method reads like the story of its verb.
 
-The cache decides, the keeper finds room and moves; here is only who asks, what he may ask, and what he is told. A verb that never
-waits answers at once; one that may wait (store, load) is a coroutine then, which the server gives a deadline.
+The cache decides, the keeper finds room and moves; here is only who asks, what may be asked, and what is told. A verb that
+never waits answers at once; one that may wait (store, load) is a coroutine then, which the server gives a deadline.
 """
 
 from __future__ import annotations
@@ -121,11 +121,11 @@ class Service:
         if connection.peer.pid != session.pid or not living_pid(session.pidfd):
             raise Invalid("resume: a session can be resumed only by the process that opened it")
         held = self._held_slots(session, arguments["held"])
+        lease = space.cache.resume(session.id, held)  # refuses what cannot be, before anything has changed
         if session.connection is not None:
             session.connection.close("the session was resumed on another connection")
         session.known.clear()
-        lease = space.cache.resume(session.id, held)
-        session.name = arguments["client"]
+        session.name = arguments["client"] or session.name
         self._join(session, connection)
         self._give_segments(session, [o for o in space.upper.segments if o not in space.upper.pool.closing])
         return self._welcome(session) | {"lease": lease}
@@ -192,12 +192,12 @@ class Service:
 
     def _namespace(self, connection: Connection, arguments: Request) -> Namespace:
         if arguments["version"] != PROTOCOL_VERSION:
-            raise Invalid(f"protocol version {arguments['version']} is not {PROTOCOL_VERSION}: use a client of tierd {__version__}")
+            version = arguments["version"]
+            raise Invalid(f"protocol version {version} is not {PROTOCOL_VERSION}: use a client of tierd {__version__}")
         layout = Layout.from_map(arguments["layout"])
         if layout.fingerprint != arguments["fingerprint"]:
-            raise Invalid(
-                f"layout fingerprint {arguments['fingerprint'].hex()} does not match the layout sent ({layout.fingerprint.hex()})"
-            )
+            theirs, ours = arguments["fingerprint"].hex(), layout.fingerprint.hex()
+            raise Invalid(f"layout fingerprint {theirs} is not that of the layout sent, {ours}: send the layout you use")
         own = self._config.server.domains.get(str(connection.peer.uid), f"uid:{connection.peer.uid}")
         domain = arguments["domain"] or own
         if domain != own and connection.peer.uid != 0:

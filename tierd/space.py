@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.core.cache import LOWER, UPPER, Cache
-from tierd.core.plan import Transfer
+from tierd.core.cache import Cache
+from tierd.core.plan import LOWER, UPPER, Transfer
 from tierd.core.pool import Pool
 from tierd.errors import Busy
 from tierd.layout import Namespace

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from struct import pack
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from tierd.block import ROOT, chain
 from tierd.clock import monotonic_seconds
+from tierd.errors import Gone
 from tierd.layout import Layout
 from tierd.tiers.segment import Geometry
 from tierd.wire.framing import decode, encode
@@ -182,6 +184,7 @@ class Wire:
     """One raw connection. Pushes are noted as they come; segments that come with them are mapped."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(ANSWER_SECONDS_MAX)
         try:
@@ -201,7 +204,16 @@ class Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the session, in whatever state the connection is, and close."""
         self.close()
+        if self.welcome:
+            with suppress(Gone, OSError, EOFError):
+                again, _ = self.resume()
+                again.ask("bye")
+                again.close()
 
     def close(self) -> None:
         """Lose the connection; the session is not ended by that."""
@@ -254,9 +266,9 @@ class Wire:
         self.welcome = self.ask("hello", **{name: value for name, value in arguments.items() if value is not None})
         return self.welcome
 
-    def resume(self, path: Path, held: bytes = b"") -> tuple[Wire, int]:
+    def resume(self, held: bytes = b"") -> tuple[Wire, int]:
         """The session on a new connection, and the lease on what it still holds."""
-        wire = Wire(path)
+        wire = Wire(self.path)
         names = ("version", "session", "token", "namespace")
         welcome = wire.ask("resume", **{name: self.welcome[name] for name in names}, held=held, client="resumed")
         wire.welcome = welcome

@@ -67,7 +67,10 @@ class House:
 
     def wait_ready(self) -> dict[str, Any]:
         """The status of a daemon that answers."""
-        return until(self.status, "the daemon is not ready", READY_SECONDS_MAX)
+        try:
+            return until(self.status, "the daemon is not ready", READY_SECONDS_MAX)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the log ends with: {self.log.read_text()[-3000:]}") from error
 
     def status(self) -> dict[str, Any] | None:
         """What `tierd status` says, None while nobody answers."""

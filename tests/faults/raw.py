@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tests.faults.house import LAYOUT
 from tierd.block import ROOT
-from tierd.errors import Closed, TierdError
+from tierd.errors import Closed
 from tierd.layout import Layout
 from tierd.wire.framing import FrameReader, decode, encode
 from tierd.wire.messages import PROTOCOL_VERSION, error_of, pack_held, unpack_slots
@@ -56,12 +56,12 @@ class RawClient:
     def lookup(self, hashes: bytes, parent: bytes = ROOT) -> tuple[int, int, list[int]]:
         """Lease a prefix: (lease, blocks, slots told)."""
         reply = self.ask("lookup", hashes=hashes, parent=parent)
-        return reply["lease"], reply["blocks"], unpack_slots(reply["slots"]).tolist()
+        return reply["lease"], reply["blocks"], self.numbers(reply["slots"])
 
     def store(self, hashes: bytes, parent: bytes = ROOT) -> tuple[int, list[int]]:
         """Lease slots to write: (lease, slots or codes)."""
         reply = self.ask("store", hashes=hashes, parent=parent)
-        return reply["lease"], unpack_slots(reply["slots"]).tolist()
+        return reply["lease"], self.numbers(reply["slots"])
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
         """One request and its reply; raises what the daemon answers, and Closed when it is gone."""
@@ -106,6 +106,11 @@ class RawClient:
             self.pushed.append(message)
         return message
 
+    @staticmethod
+    def numbers(packed: bytes) -> list[int]:
+        """Slot numbers of a reply."""
+        return [int(number) for number in unpack_slots(packed)]
+
     def slot(self, number: int) -> NDArray[np.uint8]:
         """The payload bytes of a slot, as everybody sees them."""
         ordinal, index = divmod(number, self.welcome["slots_per_segment"])
@@ -132,7 +137,3 @@ class RawClient:
             self.segments[entry["ordinal"]] = entry["segment"]
         os.close(slots)
 
-
-def refused(error: TierdError) -> str:
-    """The wire's name of an error."""
-    return error.code

@@ -1,6 +1,6 @@
-"""The ceiling of a round trip: the same number of bytes there and back between two processes, and nothing done with them.
+"""The ceiling of a round trip: as many bytes there and back between two processes, and nothing done with them.
 
-The other process runs this module. Both sides block in one system call at a time, which is the fastest that Python can do.
+The other process runs this module. Both sides block in one system call at a time: Python can do no faster.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Echo:
     def __enter__(self) -> Echo:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._socket.close()
         try:
             self._process.wait(SECONDS_MAX)

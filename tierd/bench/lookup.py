@@ -1,7 +1,7 @@
-"""How long a lookup takes: from the client's call to the released lease, for prefixes that are all there and not there at all.
+"""How long a lookup takes, from the client's call to the released lease: of prefixes that are there, and that are not.
 
-The ceiling is a bare socket round trip of the same bytes between two processes. Hits, misses and round trips take turns in groups of
-`GROUP`: within a group each meets the daemon as a client in a loop would.
+The ceiling is a bare socket round trip of the same bytes between two processes. Hits, misses and round trips take
+turns in groups of `GROUP`: within a group each meets the daemon as a client in a loop would.
 """
 
 from __future__ import annotations
@@ -88,10 +88,11 @@ def look_up(client: Client, hashes: bytes, expected: int) -> float:
     """Seconds of one lookup and its release; raises Busy when it does not find what it should."""
     started = monotonic_seconds()
     found = client.lookup(hashes)
+    blocks = found.blocks
     found.release()
     seconds = monotonic_seconds() - started
-    if found.blocks != expected:
-        raise Busy(f"a lookup found {found.blocks} of {expected} blocks: the scratch daemon is overloaded, run it again")
+    if blocks != expected:
+        raise Busy(f"a lookup found {blocks} of {expected} blocks: the scratch daemon is overloaded, run it again")
     return seconds
 
 

@@ -1,9 +1,9 @@
 """How fast blocks reach the disk and come back through tierd, against raw O_DIRECT with the same block size and depth.
 
-Writing is what a user waits for: from the store of a chain until `sync` says that it is on NVMe, write-back as the daemon always does
-it. Reading is `load` of a chain that is in nvme only, into an engine's pool, promotion through the cpu tier and digests
-included. Both files were written once before, as in a tier that is full; nothing is read that was not written long before, and
-O_DIRECT bypasses the page cache. The four measurements take turns, because disks drift.
+Writing is what a user waits for: from the store of a chain until `sync` says that it is on NVMe, write-back as the
+daemon always does it. Reading is `load` of a chain that is in nvme only, into an engine's pool, promotion through the
+cpu tier and digests included. All files were written once before, as in a tier that is full, and O_DIRECT bypasses
+the page cache. The four measurements take turns, because disks drift.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RATIO_MIN = 0.85
 ROUNDS = 11
 IO_THREADS = 4
 CPU_CHAINS, NVME_CHAINS, READ_CHAIN = 4, 9, 6
-"""How many chains each tier holds; the chain that is read was used before the READ_CHAIN - 1 youngest: in nvme, not in cpu."""
+"""Chains that each tier holds, and which one is read, counted from the last used: it is in nvme and not in cpu."""
 SYNC_SECONDS_MAX = 60.0
 DEADLINE_SECONDS = 30.0
 
@@ -49,8 +49,8 @@ def run(task: Task) -> Result:
         if row["block_bytes"] in FLOOR_BLOCK_BYTES
     ]
     notes = [
-        f"raw: preadv and pwritev with O_DIRECT, {IO_THREADS} threads with a list of blocks each, in the same directory",
-        "write: from the store until sync has answered; read: load of chains that are in nvme only; nothing is in a page cache",
+        f"raw: preadv and pwritev with O_DIRECT, {IO_THREADS} threads with a list of blocks each, same directory",
+        "write: from the store until sync has answered; read: load of chains that are in nvme only",
         f"medians of {rows[0]['rounds']} interleaved rounds of {size(rows[0]['bytes_per_round'])}",
     ]
     if io["path"] != "direct":
@@ -75,9 +75,7 @@ def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
             nvme__segment_bytes=segment_bytes,
             nvme__io_threads=IO_THREADS,
         ) as daemon,
-        Client(
-            daemon.socket, model="bench", layout=LAYOUTS[block_bytes], deadline_seconds=DEADLINE_SECONDS
-        ) as client,
+        Client(daemon.socket, model="bench", layout=LAYOUTS[block_bytes], deadline_seconds=DEADLINE_SECONDS) as client,
     ):
         chains = Chains(daemon, client, blocks, block_bytes)
         for _ in range(NVME_CHAINS):

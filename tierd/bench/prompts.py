@@ -45,7 +45,7 @@ def realistic(seed: int) -> Iterator[bytes]:
 
 
 def adversarial(seed: int) -> Iterator[bytes]:
-    """Every prompt shares a beginning of any length with an earlier one and then goes its own way: the tree splits everywhere."""
+    """Every prompt shares a beginning of any length with an earlier one, then goes its own way: splits everywhere."""
     random = np.random.default_rng(seed)
     earlier: deque[bytes] = deque(maxlen=EARLIER)
     while True:

@@ -1,4 +1,4 @@
-"""The ceiling of the nvme tier: preadv and pwritev with O_DIRECT on a preallocated file, a list of blocks per thread."""
+"""The ceiling of the nvme tier: preadv and pwritev with O_DIRECT on a preallocated file, a list of blocks a thread."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class RawFile:
     def __enter__(self) -> RawFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.shutdown()
         os.close(self._descriptor)
 

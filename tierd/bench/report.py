@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+STEAL_SHARE_MAX = 0.02
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,19 @@ def _verdict(what: str, value: float, floor: float, unit: str, met: bool) -> str
     return f"{what}: {value:,.3g}{unit}, {judged} {floor:,.3g}{unit}"
 
 
-def lines(result: Result, machine: dict[str, Any]) -> Iterator[str]:
-    """The whole report as text: where it ran, the table, the verdicts, the notes."""
-    yield f"tierd bench {result.bench}"
-    yield ""
+def lines(results: Sequence[Result], machine: dict[str, Any]) -> Iterator[str]:
+    """The whole report as text: where it ran, then each bench's table, verdicts and notes."""
     width = max(len(name) for name in machine)
     for name, value in machine.items():
-        yield f"  {name.replace('_', ' '):{width}}  {_shown(name, value)}"
-    yield ""
-    yield from table(result)
-    yield ""
-    yield from (f"  {verdict}" for verdict in result.verdicts)
-    yield from (f"  note: {note}" for note in result.notes)
-    if machine.get("steal_share", 0) > 0.02:
-        yield f"  note: neighbours of this virtual machine took {machine['steal_share']:.0%} of its time: trust only ratios"
+        yield f"{name.replace('_', ' '):{width}}  {_shown(name, value)}"
+    if machine["steal_share"] > STEAL_SHARE_MAX:
+        yield f"{'':{width}}  neighbours of this virtual machine took its time: trust ratios only"
+    for result in results:
+        yield ""
+        yield result.bench
+        yield from table(result)
+        yield from (f"  {verdict}" for verdict in result.verdicts)
+        yield from (f"  note: {note}" for note in result.notes)
 
 
 def table(result: Result) -> Iterator[str]:

@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 class Daemon:
-    """A running `tierd serve`. It has no metrics port and no configuration but the settings that it was started with."""
+    """A running `tierd serve`, with no metrics port and no configuration but the settings that it was started with."""
 
     def __init__(self, sockets: Path, process: subprocess.Popen[bytes], log: Path) -> None:
         self.socket = sockets / "tierd.sock"
@@ -61,8 +61,10 @@ class Daemon:
                 return
             except Closed:
                 time.sleep(POLL_SECONDS)
+        code = self._process.poll()
+        what = f"was not ready within {READY_SECONDS_MAX:g} s" if code is None else f"ended with exit code {code}"
         last = "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
-        raise Closed(f"the scratch daemon was not ready within {READY_SECONDS_MAX:g} s; its log ends with:\n{last}")
+        raise Closed(f"the scratch daemon {what}; its log ends with:\n{last}")
 
     def stop(self) -> None:
         """End the process and wait for it."""
@@ -106,7 +108,7 @@ def scratch_daemon(directory: Path, **settings: str | int) -> Iterator[Daemon]:
 
 @contextmanager
 def scratch_folder(directory: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """An empty folder in `directory`, removed afterwards; Invalid when the file system has not `needed_bytes` to spare."""
+    """An empty folder in `directory`, removed afterwards; Invalid when there are not `needed_bytes` to spare."""
     try:
         free_bytes = shutil.disk_usage(directory).free
         folder = Path(tempfile.mkdtemp(prefix="tierd-bench-", dir=directory))

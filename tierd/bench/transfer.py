@@ -1,8 +1,8 @@
-"""How fast blocks get from an engine's pool into tierd and back, against plain memcpy of the same blocks with the same threads.
+"""How fast blocks get from an engine's pool into tierd and back, against plain memcpy of as many with the same threads.
 
-Each round copies, stores and loads the same number of blocks, taking turns. The pools, and what lies in tierd between a
-store and the load of the same chain, are several times the last-level cache; every page was touched before; pages are in
-shuffled order, as in an engine that has run for a while.
+Each round copies, stores and loads the same number of blocks, taking turns. The pools, and what lies in tierd between
+a store and the load of the same chain, are several times the last-level cache; every page was touched before; pages
+are in shuffled order, as in an engine that has run for a while.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ ROUNDS = 15
 CACHES = 4
 """The working set is at least this many last-level caches."""
 BATCH_BLOCKS = 32
-CHAINS_BETWEEN = 3
+CHAINS_BETWEEN = 2
 """A chain is loaded when this many younger ones have been stored."""
+SEGMENT_BYTES = 64 * MIB
 SYNC_SECONDS_MAX = 60.0
 DEADLINE_SECONDS = 10.0
 THREADS = (1, 2)
@@ -58,16 +59,16 @@ def run(task: Task) -> Result:
         for verb in ("store", "load")
     ]
     notes = [
-        f"{BATCH_BLOCKS} blocks a batch, commit and lease traffic included; the first row of a size is the client's default",
-        f"memcpy: np.copyto per block, same threads; pools of {size(pool_bytes(task, 1))} each, shuffled pages, all prefaulted",
-        f"medians of {rows[0]['rounds']} interleaved rounds; every store evicts; nvme is off except where write-back says on",
+        f"{BATCH_BLOCKS} blocks a batch, commits and leases included; the first row of a size is the client's default",
+        f"memcpy: np.copyto per block, same threads; pools of {size(rows[0]['bytes_per_round'])}, shuffled, prefaulted",
+        f"medians of {rows[0]['rounds']} interleaved rounds; every store evicts; nvme is off unless write-back is on",
     ]
     return Result("transfer", rows, COLUMNS, verdicts, notes)
 
 
 def default_threads(block_bytes: int) -> int:
     """How many threads a client copies with when it is not told."""
-    return Client("/nonexistent", model="bench", layout=LAYOUTS[block_bytes]).copy_threads
+    return Client("/nonexistent", model="bench", layout=LAYOUTS[block_bytes]).copier.threads
 
 
 def pool_bytes(task: Task, block_bytes: int) -> int:
@@ -80,11 +81,14 @@ def pool_bytes(task: Task, block_bytes: int) -> int:
 def measure(task: Task, block_bytes: int, threads: int, write_back: bool = False) -> Row:
     """One row: bytes per second of store, load and memcpy."""
     chain_bytes = pool_bytes(task, block_bytes)
-    # A tier that holds the chains in between, the one being stored, the one being loaded, and is full all the time.
-    tier_bytes = max((CHAINS_BETWEEN + 3) * chain_bytes, (128 * MIB if task.quick else GIB)) // (64 * MIB) * (64 * MIB)
+    # Room for all chains that are stored or loaded between the store and the load of one, and not for many more.
+    tier_bytes = max((2 * CHAINS_BETWEEN + 4) * chain_bytes, 0 if task.quick else GIB)
+    tier_bytes = -(-tier_bytes // SEGMENT_BYTES) * SEGMENT_BYTES
     nvme_bytes = 2 * tier_bytes if write_back else 0
     with (
-        scratch_daemon(task.directory, cpu__bytes=tier_bytes, nvme__bytes=nvme_bytes) as daemon,
+        scratch_daemon(
+            task.directory, cpu__bytes=tier_bytes, nvme__bytes=nvme_bytes, cpu__segment_bytes=SEGMENT_BYTES
+        ) as daemon,
         Client(
             daemon.socket,
             model="bench",
@@ -112,7 +116,13 @@ def measure(task: Task, block_bytes: int, threads: int, write_back: bool = False
         row[f"{name}_ratio_pairwise"] = median(
             m / taken for m, taken in zip(seconds["memcpy"], seconds[name], strict=True)
         )
-    return {**row, "rounds": len(seconds["load"]), "bytes_per_round": chain_bytes, "batch_blocks": BATCH_BLOCKS, **facts}
+    return {
+        **row,
+        "rounds": len(seconds["load"]),
+        "bytes_per_round": chain_bytes,
+        "batch_blocks": BATCH_BLOCKS,
+        **facts,
+    }
 
 
 def evictions(daemon: Daemon) -> dict[str, int]:

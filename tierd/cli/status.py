@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tierd.cli.admin import ask
@@ -12,6 +12,9 @@ from tierd.cli.options import add_config_arguments, load_config
 from tierd.values import UNITS
 
 ANSWER_SECONDS_MAX = 5.0
+NAMESPACE_CHARACTERS = 16
+"""Of a namespace's id: as many as its folder on disk is named by."""
+CLIENTS_SHOWN_MAX = 4
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,32 +26,87 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Print the answer of the admin socket."""
     reply = ask(load_config(options).server.admin_socket, "status", ANSWER_SECONDS_MAX)
-    print(json.dumps(reply, default=plain) if options.json else "\n".join(lines(reply)))
+    print(json.dumps(reply, default=plain) if options.json else "\n".join(page(reply)))
     return 0
 
 
-def lines(values: dict[str, Any], indent: int = 0) -> Iterator[str]:
-    """One line a value, maps indented below their name, sizes with units."""
-    width = max((len(key) for key in values), default=0)
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield f"{'':{indent}}{key}"
-            yield from lines(value, indent + 2)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for number, item in enumerate(value):
-                yield f"{'':{indent}}{key} {number}"
-                yield from lines(item, indent + 2)
-        else:
-            yield f"{'':{indent}}{key:{width}}  {shown(key, value)}"
+def page(status: Mapping[str, Any]) -> Iterator[str]:
+    """The lines that a person wants to see first."""
+    engine, path = status["io"]["engine"], status["io"]["path"]
+    io = f"nvme by {engine}, {path}" if engine != "none" else "no nvme"
+    yield f"tierd {status['version']}, pid {status['pid']}, up {duration(status['uptime_seconds'])}, {io}"
+    yield f"socket   {status['socket']}"
+    yield f"metrics  {'http://' + status['metrics'] + '/metrics' if status['metrics'] else 'off'}"
+    yield ""
+    yield from tiers(status["tiers"])
+    yield ""
+    yield f"lookups  {shares(status['lookup_blocks'])}"
+    yield f"evicted  {counts(status['evicted_blocks'])}"
+    yield f"waiting  {status['unwritten_runs']:,} runs to be written to nvme"
+    yield f"damaged  {status['checksum_failures']:,} blocks whose checksum was wrong"
+    yield ""
+    yield from namespaces(status["namespaces"])
 
 
-def shown(key: str, value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and "bytes" in key and value >= 1024:
-        unit = next(unit for unit, scale in UNITS.items() if value >= scale)
-        return f"{value / UNITS[unit]:.1f} {unit}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return plain(value)
+def tiers(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    states = next((list(tier["slots"]) for tier in found.values() if tier["slots"]), [])
+    rows = [["tier", "used", "limit", "", *states]]
+    for name, tier in found.items():
+        used, most = tier["used_bytes"], tier["limit_bytes"]
+        numbers = [f"{tier['slots'].get(state, 0):,}" for state in states]
+        rows.append([name, size(used), size(most), f"{used / most:.0%}", *numbers])
+    return table(rows, right=range(1, len(rows[0])))
+
+
+def shares(lookups: Mapping[str, int]) -> str:
+    """Where the blocks were that were asked for; tiers where none was are left out."""
+    asked = sum(lookups.values())
+    parts = [f"{tier} {number / asked:.1%}" for tier, number in lookups.items() if number]
+    return f"{asked:,} blocks asked: {', '.join(parts)}" if asked else "no block was asked for yet"
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    parts = [f"{number:,} from {' as '.join(name.split('.'))}" for name, number in numbers.items() if number]
+    return ", ".join(parts) or "nothing yet"
+
+
+def namespaces(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    rows = [["namespace", "domain", "model", "block", "blocks", "sessions", "clients"]]
+    for space in found:
+        identity = [space["id"][:NAMESPACE_CHARACTERS], space["domain"], space["model"]]
+        sessions = space["sessions"]
+        numbers = [size(space["block_bytes"]), f"{space['blocks']:,}", f"{len(sessions):,}"]
+        rows.append([*identity, *numbers, clients(sessions)])
+    return table(rows, right=(3, 4, 5)) if found else iter(["no namespace was opened yet"])
+
+
+def clients(sessions: Sequence[Mapping[str, Any]]) -> str:
+    names = [f"{session['client'] or 'unnamed'} ({session['pid']})" for session in sessions[:CLIENTS_SHOWN_MAX]]
+    rest = len(sessions) - len(names)
+    return ", ".join([*names, f"{rest} more"] if rest else names) or "-"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
+    """Rows as lines with columns of equal width, those in `right` flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        aligned = [cell.rjust(width) if at in right else cell.ljust(width) for at, (cell, width) in enumerate(cells)]
+        yield "  ".join(aligned).rstrip()
+
+
+def size(number: int) -> str:
+    """Bytes with a unit: "1.5 GiB"."""
+    unit = next((unit for unit, scale in UNITS.items() if number >= scale), "B")
+    return f"{number:,} B" if unit in ("B", "") else f"{number / UNITS[unit]:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that it has: "3 h 12 min"."""
+    whole = int(seconds)
+    parts = [(whole // 86_400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    first = next((at for at, (number, _) in enumerate(parts) if number), len(parts) - 1)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
 
 
 def plain(value: Any) -> str:

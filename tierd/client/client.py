@@ -1,4 +1,4 @@
-"""The client: what an engine calls. Misuse raises Invalid; everything else that goes wrong is a miss, counted in `statistics`."""
+"""What an engine calls. Misuse raises Invalid; everything else that goes wrong is a miss, counted in `statistics`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ log = logging.getLogger("tierd.client")
 class Client:
     """Loads and stores blocks of one model and layout. Threads may share it; a forked child needs one of its own.
 
-    Connects when first used and again whenever it must; until then every call is a miss at once. `deadline_seconds` bounds each wait
-    for the daemon; the time to copy is on top. `copy_threads` copy the blocks of one call.
+    Connects when first used and again whenever it must; until then every call is a miss at once. `deadline_seconds`
+    bounds each wait for the daemon; the time to copy is on top. `copy_threads` copy the blocks of one call. `name` is
+    what the daemon calls this client.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class Client:
         self.close()
 
     def load(self, hashes: bytes, pool: NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> int:
-        """Copy the longest prefix that tierd has into `pool[pages[i]]`; returns its length in blocks, 0 for a miss or failure.
+        """Copy the longest prefix that tierd has into `pool[pages[i]]`; returns its length in blocks, 0 for a miss.
 
-        hashes: 32 bytes a block, head first, behind `parent`. pool: C-contiguous `[pages, ...]` with one block a page. pages: one
-        page number a block. Pages behind the prefix may have been written to.
+        hashes: 32 bytes a block, head first, behind `parent`. pool: C-contiguous `[pages, ...]` with one block a page.
+        pages: one page number a block. Pages behind the prefix may have been written to.
         """
         self.check_process()
         blocks = check_hashes(hashes, parent)
@@ -113,13 +114,14 @@ class Client:
         if not blocks:
             return Stored()
         self.count(requests=1)
+        stored = Stored(refused=blocks)
         with self.missing("store"):
             connection = self.session.connection()
-            return Storing(self, hashes, parent, rows, sources).run(connection)
-        return Stored(refused=blocks)
+            stored = Storing(self, hashes, parent, rows, sources).run(connection)
+        return stored
 
     def lookup(self, hashes: bytes, parent: bytes = ROOT) -> Lookup:
-        """Lease the longest prefix that tierd has; release it when done. Of more blocks than one request may name, the first."""
+        """Lease the longest prefix that tierd has (of as many blocks as a request may name); release it when done."""
         self.check_process()
         check_hashes(hashes, parent)
         return self._lookup(hashes, parent)
@@ -130,17 +132,18 @@ class Client:
         if not check_hashes(hashes, parent):
             return 0
         self.count(requests=1)
+        blocks = 0
         with self.missing("prefetch"):
             connection = self.session.connection()
             arguments = {"hashes": hashes[: self.session.blocks_max * HASH_BYTES], "parent": parent}
             reply = connection.request("prefetch", arguments, self.deadline_seconds)
             self.session.answered()
-            return int(reply["blocks"])
-        return 0
+            blocks = int(reply["blocks"])
+        return blocks
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Counts since the start: requests, blocks and bytes loaded and stored, connects, failures by kind, looked-up blocks by tier."""
+        """Counts since the start, among them `failures` by kind and `tiers`: blocks looked up by where they were."""
         with self._lock:
             names = ("requests", "blocks_loaded", "bytes_loaded", "blocks_stored", "bytes_stored", "blocks_changed")
             return {

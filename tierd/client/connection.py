@@ -1,8 +1,8 @@
 """One socket to the daemon, used by several threads at once, each waiting for its own reply.
 
-There is no reader thread. Of the threads that wait, one reads and hands the others their replies; when it has its own, the
-next one reads. Pushes and descriptors are handled by whoever reads, in the order in which they came. A connection that failed once
-stays broken.
+There is no reader thread. Of the threads that wait, one reads and hands the others their replies; when it has its
+own, the next one reads. Pushes and descriptors are handled by whoever reads, in the order in which they came. A
+connection that failed once stays broken.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Ticket:
 
 
 class Connection:
-    """A connected socket. `on_push(connection, message, descriptors)` gets pushes, and takes from the left of `descriptors`."""
+    """A connected socket. `on_push(connection, message, descriptors)` gets pushes and takes their descriptors."""
 
     def __init__(self, connected: socket.socket, on_push: OnPush) -> None:
         connected.setblocking(False)
@@ -116,25 +116,29 @@ class Connection:
         return ticket
 
     def wait(self, ticket: Ticket, seconds: float) -> dict[str, Any]:
-        """The checked reply; raises the error it carries, NoAnswer after `seconds`, or Closed when the connection is lost."""
+        """The checked reply; raises the error it carries, NoAnswer after `seconds`, Closed without a connection."""
         deadline = monotonic_seconds() + seconds
-        while ticket.reply is None:
-            with self._changed:
-                while self._reading and ticket.reply is None and self._broken is None:
-                    if not self._changed.wait(deadline - monotonic_seconds()):
-                        break
-                if ticket.reply is not None:
-                    break
+        while self._my_turn(ticket, deadline):
+            self._read(deadline - monotonic_seconds())
+        if ticket.reply is None:
+            self.abandon(ticket)
+            raise NoAnswer(f"{ticket.verb}: the daemon did not answer within {seconds:g} s")
+        return self._checked(ticket)
+
+    def _my_turn(self, ticket: Ticket, deadline: float) -> bool:
+        """Wait until this thread should read; False when the reply is there, or nothing until the deadline."""
+        with self._changed:
+            while ticket.reply is None:
                 if self._broken is not None:
                     raise Closed(self._broken)
-                late = self._reading or monotonic_seconds() >= deadline
-                if not late:
+                left = deadline - monotonic_seconds()
+                if left <= 0:
+                    return False
+                if not self._reading:
                     self._reading = True
-            if late:
-                self.abandon(ticket)
-                raise NoAnswer(f"{ticket.verb}: the daemon did not answer within {seconds:g} s")
-            self._read(deadline - monotonic_seconds())
-        return self._checked(ticket)
+                    return True
+                self._changed.wait(left)
+            return False
 
     def abandon(self, ticket: Ticket) -> None:
         """Nobody waits for this reply any more; a lease in it is ended when it comes."""
@@ -145,7 +149,7 @@ class Connection:
             self._undo(ticket, reply)
 
     def tell(self, verb: str, arguments: dict[str, Any], seconds: float = 1.0) -> None:
-        """Send a request that wants no reply. Never raises: a connection that cannot take it is broken, and that ends more."""
+        """Send a request that wants no reply. Never raises: a connection that cannot take it is closed instead."""
         try:
             self._send({"verb": verb, **arguments}, seconds)
         except NoAnswer as error:
@@ -154,7 +158,7 @@ class Connection:
             pass
 
     def listen(self, seconds: float) -> None:
-        """Read for at most `seconds` what comes unasked, unless another thread reads; raises Closed when the connection is lost."""
+        """Read what comes unasked, for at most `seconds`, unless another thread reads; raises Closed when lost."""
         with self._changed:
             reads = not self._reading and self._broken is None
             self._reading = self._reading or reads

@@ -1,4 +1,4 @@
-"""The event channel: gives segments back when the daemon asks, and notices when the daemon is gone, also while nothing is asked."""
+"""The event channel: gives segments back when the daemon asks, and notices its end while nobody calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAUSE_SECONDS = 0.2
 
 
 class Events(Thread):
-    """A thread with a connection of its own; an idle client resumes through it, and so lets go of what it does not hold."""
+    """A thread with a connection of its own, through which an idle client too resumes and gives back."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(name="tierd-events", daemon=True)
@@ -49,9 +49,12 @@ class Events(Thread):
         self.join()
 
     def _serve(self) -> None:
+        connects = self._session.connects
         channel = self._session.open_events()
         with self._lock:
             self._channel = channel
+            if connects != self._session.connects:
+                channel.close("the session was resumed")
         while not self._stopping.is_set():
             channel.listen(LISTEN_SECONDS)
         channel.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +26,8 @@ NO_SLOTS: NDArray[np.int32] = np.empty(0, np.int32)
 class Lookup:
     """A lease on the first `blocks` blocks that were asked for; use it as a context manager, or `release` it.
 
-    The first `told` of them are in memory now, at `slots` (int32). `tiers` says where each block asked for is, and sums to their
-    number. Falsy when nothing was found. For one thread at a time.
+    The first `told` of them are in memory now, at `slots` (int32). `tiers` says where each block asked for is, and
+    sums to their number. Falsy when nothing was found. For one thread at a time.
     """
 
     def __init__(self, client: Client, asked: int, connection: Connection | None = None, reply: Any = None) -> None:
@@ -59,9 +60,10 @@ class Lookup:
     def copy_into(self, pool: NDArray[np.generic], pages: ArrayLike, first: int = 0, count: int | None = None) -> int:
         """Copy blocks `first` to `first + count` into `pool[pages]`; returns how many leading ones arrived.
 
-        pool is C-contiguous `[pages, ...]` with one block a page; pages has one number per block (default count: as many as there
-        are). Waits for blocks that are not in memory yet, for each answer at most the deadline. Where not all blocks were
-        told at once, each is given back when it is copied, and can be copied once. Raises Invalid for misuse only.
+        pool is C-contiguous `[pages, ...]` with one block a page; pages has one number per block (default count: as
+        many as there are). Waits for blocks that are not in memory yet, for each answer at most the deadline. Where
+        not all blocks were told at once, each is given back when it is copied, and can be copied once. Raises Invalid
+        for misuse.
         """
         client = self._client
         client.check_process()
@@ -72,8 +74,8 @@ class Lookup:
             raise Invalid(f"blocks {first} to {first + count} on {len(targets)} pages: found were {self.blocks} blocks")
         copied = 0
         with client.missing("load"):
-            for copied in self._copy(rows, targets[:count], first):
-                pass
+            for good in self._copy(rows, targets[:count], first):
+                copied += good
         client.count(blocks_loaded=copied, bytes_loaded=copied * client.layout.block_bytes)
         return copied
 
@@ -85,7 +87,7 @@ class Lookup:
             self._connection.tell("release", {"lease": lease})
 
     def _copy(self, pool: Pool, pages: Pages, first: int) -> Iterator[int]:
-        """Copy; yields how many blocks have arrived each time some have."""
+        """Copy piece by piece; yields how many blocks of each have arrived, and ends where not all have."""
         client, connection = self._client, self._connection
         assert connection is not None or not len(pages)
         windowed = self.told < self.blocks
@@ -95,18 +97,18 @@ class Lookup:
             for at in range(0, len(window), piece):
                 slots = window[at : at + piece]
                 assert connection is not None
-                with client.session.copying(connection, slots, READING) as parts:
+                with client.session.segments.copying(connection, slots, READING) as parts:
                     good = client.copier.load(parts, pool, pages[copied : copied + len(slots)])
                 if good and windowed:
                     connection.tell("release", {"lease": self._lease, "first": first + copied, "count": good})
                 copied += good
-                yield copied
+                yield good
                 if good < len(slots):
                     client.count(blocks_changed=1)
                     return
 
     def _windows(self, first: int, end: int) -> Iterator[NDArray[np.int32]]:
-        """The slots of blocks `first` to `end`, in runs; the next run is asked for before the caller copies this one."""
+        """The slots of blocks `first` to `end`, run by run; the next is asked for before the caller copies this one."""
         slots = self.slots[first:end]
         ahead: Ticket | None = None
         try:
@@ -119,10 +121,8 @@ class Lookup:
                 slots = NO_SLOTS
                 if ahead is not None:
                     asked, ahead = ahead, None
-                    try:
+                    with suppress(Busy):  # while we held the last window; then it is asked again without that
                         slots = self._loaded(asked, first, end)
-                    except Busy:
-                        pass  # while we held the last window; asked again without it
         finally:
             if ahead is not None and self._connection is not None:
                 self._connection.abandon(ahead)

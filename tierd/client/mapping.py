@@ -1,8 +1,8 @@
 """A segment in this process's memory: its state words to read, its slots to copy from and to.
 
-A segment that somebody else can shrink is a SIGBUS, so the seals of both descriptors are checked; so is everything else that an
-offset into the mapping rests on. The mapping is made and ended by hand (not by Python's mmap object, whose destructor in a forked
-child would unmap whatever the child has put at an address that MADV_DONTFORK left empty).
+A segment that somebody else can shrink is a SIGBUS, so the seals of both descriptors are checked; so is everything
+else that an offset into the mapping rests on. It is mapped and unmapped by hand, not by Python's mmap object, whose
+destructor in a forked child would unmap whatever the child has put at an address that MADV_DONTFORK left empty.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ MAP_FAILED = ctypes.c_void_p(-1).value
 class Mapping:
     """A mapped segment. `state` is uint64 `[slots]` and read-only, `slots` uint8 `[slots, slot_bytes]`.
 
-    Both views die with `close`: whoever uses them counts in `users` (under the session's lock), and `close` waits for nobody.
-    `wanted` is False once the daemon or the session gave it up.
+    Both views die with `close`: whoever uses them counts in `users`, and `close` waits for nobody. `wanted` is False
+    once the segment was given up.
     """
 
     def __init__(self, attached: dict[str, Any], directory_fd: int, slots_fd: int, layout: Layout) -> None:
-        """Map what an `attach` names; raises Invalid when the descriptors are not the segment it says. They stay the caller's."""
+        """Map what an `attach` names; raises Invalid when the descriptors are not that. They stay the caller's."""
         check_descriptor("directory", directory_fd, attached["directory_bytes"])
         check_descriptor("slots", slots_fd, attached["slots_bytes"])
         header = read_header(os.pread(directory_fd, PAGE_BYTES, 0))
@@ -62,10 +62,9 @@ class Mapping:
         except OSError as error:
             self.close()
             raise Invalid(f"segment {self.segment.hex()} cannot be mapped: {error}") from error
-        self.state: NDArray[np.uint64] = np.frombuffer(directory, "<u8", header.slot_count, header.state_offset)
+        self.state: NDArray[np.uint64] = np.ndarray(header.slot_count, "<u8", directory, header.state_offset)
         self.state.flags.writeable = False
-        used = header.slot_count * header.slot_bytes
-        self.slots: NDArray[np.uint8] = np.frombuffer(slots, np.uint8, used).reshape(-1, header.slot_bytes)
+        self.slots: NDArray[np.uint8] = np.ndarray((header.slot_count, header.slot_bytes), np.uint8, slots)
 
     def __repr__(self) -> str:
         return f"<Mapping {self.segment.hex()[:8]}: {self.users} users, {'wanted' if self.wanted else 'given up'}>"
@@ -73,19 +72,19 @@ class Mapping:
     def close(self) -> None:
         """Unmap; nothing may use the views any more. In a forked child there is nothing to unmap."""
         assert self.users == 0, f"{self} is in use"
-        self.state = self.slots = np.empty(0)
+        self.state, self.slots = np.empty(0, np.uint64), np.empty((0, 0), np.uint8)
         areas, self._areas = self._areas, []
         for address, length in areas if os.getpid() == self._pid else ():
             LIBC.munmap(address, length)
 
-    def _map(self, descriptor: int, length: int, protection: int) -> ctypes.Array[ctypes.c_ubyte]:
+    def _map(self, descriptor: int, length: int, protection: int) -> memoryview:
         address = LIBC.mmap(None, length, protection, mmap.MAP_SHARED, descriptor, 0)
         if address == MAP_FAILED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._areas.append((address, length))
         if LIBC.madvise(address, length, mmap.MADV_DONTFORK):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return (ctypes.c_ubyte * length).from_address(address)
+        return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Storing a run of blocks: batch by batch, where the next one is asked for while this one is copied.
 
-A block's parent must be known to the daemon, and the blocks of a batch are known from its commit on. So a `store` that is asked
-ahead names the batch before it once more: its blocks are answered as pending, and its parent was committed before.
+A block's parent must be known to the daemon, and the blocks of a batch are known from its commit on. So a `store`
+that is asked ahead names the batch before it once more: its blocks are answered as pending, and its parent was
+committed before.
 """
 
 from __future__ import annotations
@@ -118,16 +119,12 @@ class Storing:
 
     def _placed(self, batch: Batch) -> tuple[int, NDArray[np.int32]]:
         reply = self._connection.wait(batch.ticket, self._client.deadline_seconds)
+        self._client.session.answered()
         codes = unpack_slots(reply["slots"])
-        if (
-            len(codes) != batch.last - batch.base
-            or (codes < NO_ROOM).any()
-            or bool(reply["lease"]) != bool((codes >= 0).any())
-        ):
-            raise Closed(
-                f"store of {batch.last - batch.base} blocks was answered with {len(codes)} slots, lease {reply['lease']}"
-            )
-        return reply["lease"], codes
+        asked, lease = batch.last - batch.base, int(reply["lease"])
+        if len(codes) != asked or (codes < NO_ROOM).any() or bool(lease) != bool((codes >= 0).any()):
+            raise Closed(f"store of {asked} blocks was answered with {len(codes)} slots and lease {lease}")
+        return lease, codes
 
     def _write(self, lease: int, codes: NDArray[np.int32], base: int) -> None:
         """Fill every slot that was given, and say so."""
@@ -136,7 +133,7 @@ class Storing:
         client = self._client
         given = np.flatnonzero(codes >= 0)
         try:
-            with client.session.copying(self._connection, codes[given], WRITING) as parts:
+            with client.session.segments.copying(self._connection, codes[given], WRITING) as parts:
                 client.copier.store(parts, self._pool, self._pages[base + given])
         except BaseException:
             self._connection.tell("abort", {"lease": lease})

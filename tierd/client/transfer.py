@@ -1,8 +1,8 @@
 """Copies between slots of mapped segments and pages of an engine's pool.
 
-Runs that follow each other on both sides are one `np.copyto`, which releases the GIL; the Python cost is per run, not per block,
-where pages and slots are contiguous. A block that was read counts only if its state word said READY before the copy and is the
-same word, generation included, after it.
+Blocks that follow each other on both sides are one run and one `np.copyto`, which releases the GIL; so the cost in
+Python is one per run. A block that was read counts only if its state word said READY before the copy and is the same
+word, generation included, after it.
 """
 
 from __future__ import annotations

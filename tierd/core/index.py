@@ -1,14 +1,16 @@
 """The prefix tree of runs: which blocks exist, and in which slot of which tier each one lives.
 
-A node holds a run of consecutive blocks that were last used together: their concatenated 32-byte hashes and one row of slot
-numbers per tier (-1: not there). Matching a node is one `bytes.startswith`, so an 8,192-block prompt costs microseconds per
-node, not 8,192 look-ups. The tree is a skeleton of hashes; residency is per block and tier and may have holes.
+A node holds a run of consecutive blocks that were last used together: their concatenated 32-byte hashes and one row of
+slot numbers per tier (-1: not there). Matching a node is one `bytes.startswith`, so an 8,192-block prompt costs
+microseconds per node, not 8,192 look-ups. The tree is a skeleton of hashes; residency is per block and tier and may
+have holes.
 
 Rules of this file:
 - a hash is in the tree once (it is chained over its parent, so it has one place);
 - all blocks of a node have the same last use and use count: a touch that ends inside a node splits it, and a touch that
   covers a node and its only child merges them. Uses fall monotonically toward the tail;
-- in every order of eviction a node comes before its ancestors, so the coldest node of a tier has nothing below it there;
+- in every order of eviction a node comes before its ancestors, so the coldest node of a tier has nothing below it
+  there;
 - a split makes a new node of the head, which its caller is about to touch; the tail keeps its place in every order;
 - time never runs backwards here, whatever the wall clock does.
 
@@ -57,11 +59,16 @@ class Node:
 
 
 class Piece(NamedTuple):
-    """`count` blocks of `node` from `start`."""
+    """Some consecutive blocks of `node` from offset `start`."""
 
     node: Node
     start: int
-    count: int
+    blocks: int
+
+    @property
+    def end(self) -> int:
+        """Offset in the node behind the last block."""
+        return self.start + self.blocks
 
 
 class Index:
@@ -108,7 +115,7 @@ class Index:
             entry = self.find(hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES])
             for piece in self._follow(hashes, at * HASH_BYTES, *entry) if entry else ():
                 found.append((at, piece))
-                at += piece.count
+                at += piece.blocks
             at += entry is None
         return found
 
@@ -145,8 +152,8 @@ class Index:
     # -- growing ------------------------------------------------------------------------------------------------------
 
     def extend(self, node: Node, hashes: bytes, slots: Slots, now: int) -> Node:
-        """Hang blocks that are not in the tree (slots: int32[tiers, n]) below the *last* block of `node`, which was just
-        touched; returns the node they are in.
+        """Hang blocks that are not in the tree (slots: int32[tiers, n]) below the *last* block of `node`, which was
+        just touched; returns the node they are in.
 
         A leaf that was last used at the same time grows in place; else a child is added.
         """
@@ -198,7 +205,8 @@ class Index:
         return head
 
     def touch(self, pieces: list[Piece], now: int) -> list[Piece]:
-        """Make the blocks of `pieces` (a chain) and all above them the most recently used; returns the pieces as they are now.
+        """Make the blocks of `pieces` (a chain) and all above them the most recently used; returns the pieces as they
+        are now.
 
         The last node is split where the touch ends; neighbours without other children merge.
         """
@@ -222,7 +230,9 @@ class Index:
         return pieces
 
     def _merge(self, path: list[Node], pieces: list[Piece]) -> list[Piece]:
-        """Join only children to their parents along a freshly touched path (deepest first); returns the pieces as they are now."""
+        """Join only children to their parents along a freshly touched path (deepest first); returns the pieces as they
+        are now.
+        """
         groups = [[path[-1]]]
         for node in path[-2::-1]:
             if len(groups[-1][-1].children or ()) == 1:
@@ -239,7 +249,7 @@ class Index:
         for node, start, count in pieces:
             top, shift = place[node]
             if merged and merged[-1].node is top:
-                count += merged.pop().count
+                count += merged.pop().blocks
             merged.append(Piece(top, shift + start, count))
         for group in groups:
             if len(group) > 1:
@@ -267,13 +277,13 @@ class Index:
 
     def assign(self, tier: int, piece: Piece, slots: Slots) -> None:
         """Record where a piece's blocks live in one tier (int32[count])."""
-        piece.node.slots[tier, piece.start : piece.start + piece.count] = slots
+        piece.node.slots[tier, piece.start : piece.start + piece.blocks] = slots
         self.touched[piece.node] = None
         self._enlist(piece.node)
 
     def clear(self, tier: int, node: Node, offsets: NDArray[np.intp]) -> Slots:
         """Forget the copies of some of a node's blocks in one tier; returns their slots. Call `trim` afterwards."""
-        slots = node.slots[tier, offsets]
+        slots: Slots = node.slots[tier, offsets]
         node.slots[tier, offsets] = -1
         if node.slots[tier].max() < 0:
             self.orders[tier].remove(node)

@@ -11,6 +11,10 @@ from tierd.block import HASH_BYTES
 
 Slots = NDArray[np.int32]
 
+UPPER, LOWER = 0, 1
+TIERS = ("cpu", "nvme")
+"""The mapped tier (clients copy from and to its slots) and, optionally, the one below."""
+
 STORED, PENDING, NO_ROOM = -1, -2, -3
 """Instead of a slot number in the answer to `store`."""
 
@@ -26,8 +30,8 @@ REASONS = (DEMAND, PREFETCH, WRITE_BACK)
 class Lease:
     """A session's claim on n consecutive blocks.
 
-    Reading: `upper` are slots of the mapped tier (-1: only below, or released), `lower` those of nvme that it holds instead.
-    Writing: `upper` are the slots to fill and `positions` says which blocks of `hashes` they are for.
+    Reading: `upper` are slots of the mapped tier (-1: only below, or released), `lower` those of nvme that it holds
+    instead. Writing: `upper` are the slots to fill and `positions` says which blocks of `hashes` they are for.
     """
 
     id: int
@@ -45,10 +49,16 @@ class Lease:
         """Whether the lease's slots are being filled by the session."""
         return self.positions is not None
 
+    def filled(self) -> bytes:
+        """The hashes of the blocks that are being filled."""
+        return pick(self.hashes, self.positions) if self.positions is not None else b""
+
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Blocks that go from slots of one tier to slots of another. Their hashes follow each other in one chain, with gaps."""
+    """Blocks that go from slots of one tier to slots of another. Their hashes follow each other in one chain, with
+    gaps.
+    """
 
     id: int
     reason: str
@@ -59,8 +69,11 @@ class Transfer:
     hashes: bytes
     parents: bytes
     leases: list[Lease] = field(default_factory=list)
-    parked: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """Write-backs whose parents are in this one."""
+    """Who waits for the blocks."""
+    behind: int = 0
+    """The transfer that writes the parent of the first block, and has to be entered before; 0: the parent is there."""
+    held_up: list[tuple[Transfer, NDArray[np.uint8]]] = field(default_factory=list)
+    """Transfers behind this one that ended before it did, with their outcomes."""
 
     def __len__(self) -> int:
         return len(self.hashes) // HASH_BYTES
@@ -68,7 +81,7 @@ class Transfer:
 
 @dataclass(slots=True)
 class Found:
-    """Answer to `lookup`."""
+    """Answer to `lookup`: `slots` (int32[told]) of the leading blocks, and for `tiers` where each block asked for is."""
 
     lease: int
     blocks: int
@@ -86,7 +99,7 @@ class Wait:
 
 @dataclass(slots=True)
 class Placed:
-    """Answer to `store`: one slot number or code per block."""
+    """Answer to `store`: one slot number or code per block (int32[n])."""
 
     lease: int
     slots: Slots
@@ -94,7 +107,19 @@ class Placed:
 
 @dataclass(slots=True)
 class Committed:
-    """Answer to `commit`."""
+    """Answer to `commit`: how many blocks are visible now, and how many could not be placed."""
 
     committed: int
     dropped: int
+
+
+def nothing(blocks: int) -> Slots:
+    """No slot, for each of n blocks (int32[n] of -1)."""
+    return np.full(blocks, -1, np.int32)
+
+
+def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
+    """The hashes at some rising positions of a packed run."""
+    if len(positions) == len(hashes) // HASH_BYTES:
+        return hashes
+    return np.frombuffer(hashes, "V32")[positions].tobytes()

@@ -1,9 +1,10 @@
 """The slots of one namespace in one tier: which are free, who uses the others, and in which segment each one lies.
 
 Slots are numbered through all segments: number = ordinal * slots_per_segment + index in the segment. A slot is
-FREE -> FILLING (taken, someone writes) -> READY (in the index) -> FREE; READY -> RETIRED when its block left the index while
-someone still uses it, and QUARANTINED when its medium lied. **A slot goes back to the free ones only with no users**; users
-are leases and transfers (the holder bits in the segment's directory are their shadow that outlives the daemon).
+FREE -> FILLING (taken, someone writes) -> READY (in the index) -> FREE; READY -> RETIRED when its block left the index
+while someone still uses it, and QUARANTINED when its medium lied. **A slot goes back to the free ones only with no
+users**; users are leases and transfers (the holder bits in the segment's directory are their shadow that outlives the
+daemon).
 
 The directory of a segment is written here and nowhere else in the core, in the order that recovery relies on.
 """
@@ -11,7 +12,7 @@ The directory of a segment is written here and nowhere else in the core, in the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,12 @@ STATES = ("absent", "free", "filling", "ready", "retired", "quarantined")
 class Directory(Protocol):
     """What the core needs of a segment's directory; slots are indexes in the segment (int32[n])."""
 
+    holders: NDArray[np.uint64]
+    """One bit per attached session, by slot (memory only)."""
+
     def begin(self, slots: Slots, hashes: bytes, parents: bytes) -> object: ...
     def ready(self, slots: Slots) -> None: ...
     def free(self, slots: Slots) -> None: ...
-    def hold(self, slots: Slots, bit: int) -> None: ...
-    def unhold(self, slots: Slots, bit: int) -> None: ...
     def touch(self, slots: Slots, last_use: NDArray[np.uint64] | int, use_counts: NDArray[np.uint32] | int) -> None: ...
 
 
@@ -83,7 +85,8 @@ class Pool:
         return taken
 
     def claim(self, slots: Slots, state: int) -> None:
-        """Take given free slots, as recovery found them: READY, or RETIRED for what only waits for its holders (and needs
+        """Take given free slots, as recovery found them: READY, or RETIRED for what only waits for its holders (and
+        needs
         a user at once)."""
         assert (self.state[slots] == FREE).all(), "only free slots can be claimed"
         self.state[slots] = state
@@ -94,11 +97,17 @@ class Pool:
         for ordinal, local, where in self.by_segment(slots):
             self.segments[ordinal].begin(local, _select(hashes, where), _select(parents, where))
 
-    def ready(self, slots: Slots) -> None:
-        """Publish filled slots; the filler's use ends."""
+    def enter(self, slots: Slots) -> None:
+        """Filled slots are in the index now (and ready on a medium that whoever wrote it published); the filler's use
+        ends.
+        """
         assert (self.state[slots] == FILLING).all(), "only a filling slot can become ready"
         self.state[slots] = READY
         self.users[slots] -= 1
+
+    def ready(self, slots: Slots) -> None:
+        """Publish filled slots, in the directory too; the filler's use ends."""
+        self.enter(slots)
         for ordinal, local, _ in self.by_segment(slots):
             self.segments[ordinal].ready(local)
 
@@ -167,7 +176,7 @@ class Pool:
     def touched(self, slots: Slots, now: int) -> None:
         """Note the use of slots for the choice of a segment to give up."""
         for ordinal in np.flatnonzero(np.bincount(slots // self.slots_per_segment)).tolist():
-            self.last_use[ordinal] = now
+            self.last_use[ordinal] = max(now, self.last_use[ordinal])
 
     def counts(self) -> dict[str, int]:
         """Slots by state."""
@@ -216,13 +225,15 @@ class Pool:
 
 
 def rows_of(slots: Slots) -> NDArray[np.int64] | slice:
-    """The fastest index for these slots: a slice where they are neighbours in rising order, as they are in a young pool."""
+    """The fastest index for these slots: a slice where they are neighbours in rising order, as they are in a young
+    pool.
+    """
     if len(slots) > 1 and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and (slots[1:] - slots[:-1] == 1).all():
         return slice(int(slots[0]), int(slots[-1]) + 1)
     return slots.astype(np.int64)
 
 
-def _resized(array: NDArray, size: int) -> NDArray:  # type: ignore[type-arg]
+def _resized(array: NDArray[Any], size: int) -> NDArray[Any]:
     grown = np.zeros(size, array.dtype)
     grown[: len(array)] = array
     return grown

@@ -1,8 +1,8 @@
 """Rebuilding a namespace's tree from what the directories say.
 
-Input is one row per good slot, per tier. A block is kept when its chain back to the root survives in some tier; of several
-copies in one tier the highest generation stays. The work per block is array operations and one list step; a million blocks
-take about two seconds.
+Input is one row per good slot, per tier. A block is kept when its chain back to the root survives in some tier; of
+several copies in one tier the highest generation stays. The work per block is array operations and one list step; a
+million blocks take about two seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Rows:
 
 @dataclass
 class Recovered:
-    """How many copies were kept, and how many freed because another one had a higher generation or their chain is broken."""
+    """How many copies were kept, and how many freed because another one had a higher generation or their chain is
+    broken.
+    """
 
     kept: int = 0
     duplicates: int = 0

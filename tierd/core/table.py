@@ -1,12 +1,12 @@
 """A compact hash table from 32-bit hash fragments to node ids, for entering a chain in its middle.
 
-Every block of a tree needs an entry, so an entry is eight bytes in two numpy arrays: buckets of eight cells, two candidate
-buckets per key, no relocation ("two choices" hashing: Azar, Broder, Karlin, Upfal 1999; bucketized as in Fan et al., MemC3,
-2013). A removed cell is simply empty: no tombstones, so a full turn-over of the cache costs no rebuild.
+Every block of a tree needs an entry, so an entry is eight bytes in two numpy arrays: buckets of eight cells, two
+candidate buckets per key, no relocation ("two choices" hashing: Azar, Broder, Karlin, Upfal 1999; bucketized as in Fan
+et al., MemC3, 2013). A removed cell is simply empty: no tombstones, so a full turn-over of the cache costs no rebuild.
 
-A fragment is the upper half of a multilinear hash with secret keys (Lemire and Kaser, "Strongly universal string hashing is
-fast", 2014): block hashes are named by clients, and nobody who does not know the keys can make many of them meet in one
-bucket. A fragment is not an identity: callers verify every candidate against the full hash.
+A fragment is the upper half of a multilinear hash with secret keys (Lemire and Kaser, "Strongly universal string
+hashing is fast", 2014): block hashes are named by clients, and nobody who does not know the keys can make many of them
+meet in one bucket. A fragment is not an identity: callers verify every candidate against the full hash.
 
 All methods work on arrays of keys; nothing here runs a Python statement per key, but for the few that found no cell.
 """
@@ -27,8 +27,8 @@ BUCKETS_MIN = 64
 class Table:
     """Multimap from uint32 fragments to int32 owners (> 0); at most `LOAD_MAX` full, grows by doubling.
 
-    A cell is `owner << 32 | fragment` (uint64, 0: empty); `_free` has one bit per empty cell of a bucket. `seed` makes the
-    secret keys.
+    A cell is `owner << 32 | fragment` (uint64, 0: empty); `_free` has one bit per empty cell of a bucket. `seed` makes
+    the secret keys.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -60,7 +60,7 @@ class Table:
 
     def contains(self, fragments: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which keys (uint32[n]) are in the table, whoever owns them."""
-        wanted, halves = fragments.astype(np.uint64), self._cells.view(np.uint32)[:: 2].reshape(-1, CELLS)
+        wanted, halves = fragments.astype(np.uint64), self._cells.view(np.uint32)[::2].reshape(-1, CELLS)
         found = np.zeros(len(fragments), np.bool_)
         for factor in (_FIRST, _SECOND):
             found |= (halves[self._bucket(wanted, factor)] == fragments[:, None]).any(1)
@@ -125,7 +125,7 @@ class Table:
 
         Two keys of one owner may share a fragment, so there may be equal cells: each round takes one place of each.
         """
-        places = []
+        places: list[NDArray[np.int64]] = []
         while len(cells):
             spots, found = self._locate(cells)
             if len(spots) < len(cells):

@@ -1,7 +1,7 @@
 """Frames: a little-endian u32 length, then that many bytes of one MessagePack map with string keys.
 
-Rules of this file: a length is judged before anything is allocated for it, memory follows what was received and not what was
-announced, and whatever arrives either is a map or raises Invalid.
+Rules of this file: a length is judged before anything is allocated for it, memory follows what was received and not
+what was announced, and whatever arrives either is a map or raises Invalid.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def decode(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 
 class FrameReader:
-    """Cuts a stream into frames: `recv_into(reader.buffer())`, `feed(received)`, then iterate over the complete payloads.
+    """Cuts a stream into frames: `recv_into(reader.buffer())`, `feed(received)`, then iterate over what is complete.
 
-    A payload is a view into the reader's buffer and ends with the next `buffer()`. Iterating raises Invalid as soon as a length
-    over `frame_bytes_max` has arrived; the stream cannot be read any further then.
+    A payload is a view into the reader's buffer and ends with the next `buffer()`. Iterating raises Invalid as soon
+    as a length over `frame_bytes_max` has arrived; the stream cannot be read any further then.
     """
 
     def __init__(self, frame_bytes_max: int) -> None:

@@ -1,4 +1,4 @@
-"""The messages of `docs/protocol.md`: what each verb, reply and push carries, as tables, and one function that checks them."""
+"""The messages of `docs/protocol.md`: what each verb, reply and push carries, as tables, and how they are checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUIRED: Any = object()
 
 
 class Argument(NamedTuple):
-    """What one value must be: its type; the range of the integer, or of the length in bytes or items; `multiple` for lengths."""
+    """What a value must be: its type, the range of the integer or of the length, and what divides a length."""
 
     type: type
     least: int
@@ -163,10 +163,11 @@ def check_values(where: str, values: Any, arguments: Mapping[str, Argument]) -> 
 
 
 def check_value(where: str, name: str, value: Any, argument: Argument) -> None:
-    kind, least, most, multiple, _ = argument
+    kind: Any = argument.type
+    _, least, most, multiple, _ = argument
     if type(value) is not kind:
         raise Invalid(f"{where}: {name!r} must be {kind.__name__}, not {type(value).__name__}")
-    size = value if kind is int else len(value)
+    size: int = value if kind is int else len(value)
     if not least <= size <= most or size % multiple:
         refuse_size(where, name, size, argument)
 

@@ -42,13 +42,13 @@ def peer_of(connection: socket.socket) -> Peer:
 def pidfd_by_number(pid: int, uid: int) -> int:
     """A pidfd of a process known by its number, where the kernel cannot name a socket's peer itself.
 
-    The number may have been given to another process meanwhile, so what it names must have the same start time and user before
-    and after the pidfd was opened, and still run. Raises as `peer_of`.
+    The number may have been given to another process meanwhile, so what it names must have the same start time and user
+    before and after the pidfd was opened, and still run. Raises as `peer_of`.
     """
     if pid <= 0:
         raise Invalid(
-            f"your process cannot be told from others (its pid here is {pid}: another PID namespace): let client and daemon "
-            "share one (docker --pid=host, hostPID: true), or run Linux 6.5 or newer"
+            f"your process cannot be told from others (its pid here is {pid}: another PID namespace): "
+            "let client and daemon share one (docker --pid=host, hostPID: true), or run Linux 6.5 or newer"
         )
     try:
         before = start_and_uid(pid)

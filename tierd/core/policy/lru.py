@@ -1,9 +1,9 @@
 """Least recently used, leaf first.
 
-Touches arrive deepest node first, so the oldest entry is always a leaf of what is resident, and giving up its tail keeps
-everything that stays reachable. This is the same order as vLLM's tail-first free queue and RadixAttention's leaf-first LRU
-(Zheng et al., SGLang, 2024). Do not use it for a tier of under two percent of the working set with agent traffic, where an
-order that learns reuse intervals keeps far more.
+Touches arrive deepest node first, so the oldest entry is always a leaf of what is resident, and giving up its tail
+keeps everything that stays reachable. This is the same order as vLLM's tail-first free queue and RadixAttention's leaf-
+first LRU (Zheng et al., SGLang, 2024). Do not use it for a tier of under two percent of the working set with agent
+traffic, where an order that learns reuse intervals keeps far more.
 """
 
 from __future__ import annotations

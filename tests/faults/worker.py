@@ -1,0 +1,96 @@
+"""A client process under torture: loads and stores chains all the time, and checks every byte that it gets.
+
+`python -m tests.faults.worker SOCKET SEED` obeys words on standard input: "pause" (answered with its counts as JSON), "go", and the
+end of the input. All workers share one universe of chains, several times the memory tier.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import sys
+import time
+from collections import Counter
+from random import Random
+
+import numpy as np
+
+from tests.faults.content import chain, fill, wrong
+from tests.faults.house import LAYOUT
+from tierd.block import HASH_BYTES
+from tierd.client import Client
+
+CHAINS, CHAIN_BLOCKS, SHARED_BLOCKS = 96, 64, 16
+DEADLINE_SECONDS = 1.0
+
+
+def universe() -> list[bytes]:
+    """The chains: four at a time share their first blocks, as prompts share a system prompt."""
+    chains = []
+    for number in range(CHAINS):
+        head = chain(f"torture head {number // 4}", SHARED_BLOCKS)
+        chains.append(head + chain(f"torture {number}", CHAIN_BLOCKS - SHARED_BLOCKS, head[-HASH_BYTES:]))
+    return chains
+
+
+class Worker:
+    """One client and what it has seen."""
+
+    def __init__(self, path: str, seed: int) -> None:
+        self.random = Random(seed)
+        self.client = Client(path, model="faults", layout=LAYOUT, deadline_seconds=DEADLINE_SECONDS, name=f"worker {seed}")
+        self.chains = universe()
+        self.pool = np.zeros((CHAIN_BLOCKS, LAYOUT.block_bytes), np.uint8)
+        self.counts: Counter[str] = Counter()
+        self.call_seconds_max = 0.0
+
+    def turn(self) -> None:
+        """Ask for a prefix as an engine does; check what came, store the rest."""
+        pick = min(self.random.randrange(CHAINS), self.random.randrange(CHAINS))
+        blocks = self.random.randint(1, CHAIN_BLOCKS)
+        hashes = self.chains[pick][: blocks * HASH_BYTES]
+        pages = self.random.sample(range(CHAIN_BLOCKS), blocks) if self.random.random() < 0.3 else list(range(blocks))
+        had = self.timed(lambda: self.client.load(hashes, self.pool, pages))
+        self.counts["asked"] += blocks
+        self.counts["hits"] += had
+        self.counts["wrong"] += len(wrong(self.pool[pages], hashes, had))
+        rows = np.empty((blocks, LAYOUT.block_bytes), np.uint8)
+        fill(rows, hashes)
+        self.pool[pages] = rows
+        stored = self.timed(lambda: self.client.store(hashes, self.pool, pages))
+        self.counts["stored"] += stored.stored
+        self.counts["refused"] += stored.refused
+
+    def timed(self, call):  # type: ignore[no-untyped-def]
+        """The call's result; remembers the longest."""
+        started = time.monotonic()
+        result = call()
+        self.call_seconds_max = max(self.call_seconds_max, time.monotonic() - started)
+        return result
+
+    def report(self) -> str:
+        """Everything that was counted, as JSON."""
+        return json.dumps({**self.counts, "call_seconds_max": self.call_seconds_max, **self.client.statistics})
+
+
+def main() -> None:
+    """Work until standard input ends."""
+    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    working = True
+    while True:
+        if not working or select.select([sys.stdin], [], [], 0)[0]:
+            match sys.stdin.readline().strip():
+                case "pause":
+                    working = False
+                    print(worker.report(), flush=True)
+                case "go":
+                    working = True
+                case _:
+                    break
+        if working:
+            worker.turn()
+    worker.client.close()
+
+
+if __name__ == "__main__":
+    main()

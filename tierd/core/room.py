@@ -1,0 +1,109 @@
+"""Making room in a tier: which blocks go when slots are wanted, and all that go with a segment.
+
+- Coldest leaf first and from its tail, never a block in use.
+- The lower tier stays prefix-closed: a block goes only when no block behind it is there.
+- For new blocks their ancestors are spared, unless another tier has them too: a chain may be longer than its tier.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd.core.index import Index, Node
+from tierd.core.plan import LOWER, TIERS, Slots
+from tierd.core.pool import Pool
+
+QUANTUM = 256
+"""Evict at least this many at a time (or a 64th of the tier), so that the cost per block is an array operation's."""
+
+
+class Room:
+    """Takes slots of any tier for new blocks, and counts what had to go: clean (another tier has it) or drop."""
+
+    def __init__(self, index: Index, pools: list[Pool], counters: Counter[tuple[str, ...]]) -> None:
+        self._index, self._pools, self._counters = index, pools, counters
+
+    def take(self, tier: int, count: int, behind: Node | None = None) -> Slots:
+        """Up to `count` slots to fill (int32), evicting if need be; fewer only when nothing more may go.
+
+        `behind` is the node that the new blocks will follow: it and its ancestors are spared.
+        """
+        pool = self._pools[tier]
+        if pool.free < count:
+            self._evict(tier, max(count - pool.free, min(QUANTUM, pool.slots // 64)), behind)
+        return pool.take(count)
+
+    def vacate(self, tier: int, ordinal: int) -> None:
+        """Take every block of a segment out of the index, in use or not, and use none of its slots any more."""
+        pool = self._pools[tier]
+        pool.close_segment(ordinal)
+        stack = []
+        for node in self._index.orders[tier].coldest():
+            inside = np.flatnonzero(node.slots[tier] // pool.slots_per_segment == ordinal)
+            if len(inside):
+                stack.append((node, inside))
+        gone: dict[Node, None] = {}
+        while stack:
+            node, offsets = stack.pop()
+            if tier == LOWER:  # what is behind would not survive alone
+                offsets = np.arange(offsets[0], len(node))
+                stack += [(child, np.arange(len(child))) for child in (node.children or {}).values()]
+            offsets = offsets[node.slots[tier, offsets] >= 0]
+            if len(offsets):
+                gone[node] = None
+                self._count(tier, len(offsets), int(self._elsewhere(node, tier)[offsets].sum()))
+                pool.retire(self._index.clear(tier, node, offsets))
+        self._index.trim(gone)
+
+    def _evict(self, tier: int, count: int, behind: Node | None) -> None:
+        """Free at least `count` slots, if that many may go."""
+        order, pool = self._index.orders[tier], self._pools[tier]
+        path = set(self._index.path(behind)) if behind is not None else set()
+        gone: list[Slots] = []
+        emptied: list[Node] = []
+        trimmed: list[Node] = []
+        taken = clean = 0
+        for node in order.coldest():
+            offsets = self._victims(node, tier, node in path)[taken - count :]
+            if not len(offsets):
+                continue
+            gone.append(node.slots[tier, offsets])
+            clean += int(self._elsewhere(node, tier)[offsets].sum())
+            taken += len(offsets)
+            node.slots[tier, offsets] = -1
+            trimmed.append(node)
+            if node.slots[tier].max() < 0:
+                emptied.append(node)
+            if taken >= count:
+                break
+        for node in emptied:
+            order.remove(node)
+        self._index.trim(trimmed)
+        if gone:
+            pool.retire(np.concatenate(gone))
+            self._count(tier, taken, clean)
+
+    def _victims(self, node: Node, tier: int, is_ancestor: bool) -> NDArray[np.intp]:
+        """Offsets of the node's blocks that may go, head first."""
+        row = node.slots[tier]
+        offsets = np.flatnonzero(row >= 0)
+        busy = self._pools[tier].users[row[offsets]] > 0
+        if tier == LOWER:
+            if is_ancestor or any(child.slots[tier, 0] >= 0 for child in (node.children or {}).values()):
+                return offsets[:0]
+            return offsets[int(np.flatnonzero(busy)[-1]) + 1 :] if busy.any() else offsets
+        if is_ancestor:
+            busy |= ~self._elsewhere(node, tier)[offsets]
+        return offsets[~busy] if busy.any() else offsets
+
+    def _elsewhere(self, node: Node, tier: int) -> NDArray[np.bool_]:
+        """Which of the node's blocks have a copy in another tier."""
+        others = [row >= 0 for at, row in enumerate(node.slots) if at != tier]
+        return others[0] if others else np.zeros(len(node), np.bool_)
+
+    def _count(self, tier: int, taken: int, clean: int) -> None:
+        self._counters["evicted", TIERS[tier], "clean"] += clean
+        self._counters["evicted", TIERS[tier], "drop"] += taken - clean
