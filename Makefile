@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
 
-.PHONY: demo test check bench torture venv clean
+.PHONY: demo test check bench oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -23,6 +23,9 @@ check: $(STAMP)  ## style, types and layers
 
 bench: $(STAMP)  ## what this machine and tierd on it can do
 	$(VENV)/bin/tierd bench all
+
+oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
+	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle
 
 torture: $(STAMP)  ## kill -9 the daemon N times under load
 	$(RUN) tests.faults.torture --kills $(N)

@@ -10,7 +10,7 @@ from tierd import __version__, clock
 from tierd.config import Config
 from tierd.errors import Invalid
 from tierd.keeper import Keeper
-from tierd.metrics import LOOKUP_TIERS, Metrics
+from tierd.metrics import EVICTIONS, LOOKUP_TIERS, Metrics, slots_by_state
 from tierd.server import Connection
 from tierd.wire.messages import Request
 
@@ -63,13 +63,14 @@ class Admin:
         """Everything a person asks first, as plain values."""
         counters = self._metrics.counters()
         spaces = list(self._keeper.spaces.values())
-        tiers = {}
-        for at, tier in enumerate(self._keeper.tiers):
-            slots: dict[str, int] = {}
-            for space in spaces:
-                for state, number in space.arenas[at].pool.counts().items():
-                    slots[state] = slots.get(state, 0) + number
-            tiers[tier.name] = {"used_bytes": tier.budget.used, "limit_bytes": tier.budget.most, "slots": slots}
+        tiers = {
+            tier.name: {
+                "used_bytes": tier.budget.used,
+                "limit_bytes": tier.budget.most,
+                "slots": slots_by_state(spaces, at),
+            }
+            for at, tier in enumerate(self._keeper.tiers)
+        }
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -79,7 +80,7 @@ class Admin:
             "io": {"engine": self._io[0], "path": self._io[1]},
             "tiers": tiers,
             "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},
-            "evicted_blocks": {".".join(name[1:]): n for name, n in counters.items() if name[0] == "evicted"},
+            "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},
             "checksum_failures": sum(n for name, n in counters.items() if name[:2] == ("failed", "mismatch")),
             "unwritten_runs": self._keeper.unwritten(),
             "sessions": sum(len(space.sessions) for space in spaces),

@@ -54,7 +54,13 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
             names[namespace.id] = namespace
             found.setdefault(namespace.id, [[], []])[at].append(segment)
     for namespace_id, segments_by_tier in found.items():
-        space = space_of(names[namespace_id])
+        try:
+            space = space_of(names[namespace_id])
+        except Invalid as error:  # no segment as they are configured now can hold one of its blocks
+            for tier, segments in zip(tiers, segments_by_tier, strict=False):
+                for segment in segments:
+                    _give_up_segment(tier, segment, str(error))
+            continue
         _adopt_space(space, segments_by_tier, tiers, now, result)
         _adopt_sessions(space, stored, result)
     for name in [name for name in stored if name.startswith("session-")]:
@@ -106,13 +112,17 @@ def _adopt_space(space: Space, segments_by_tier: list[list[Any]], tiers: list[Ti
                 scans.append((arena.add(segment, now), scan))
                 _count(result, damaged=scan.damaged, stale=scan.stale, unfinished=scan.unfinished)
                 continue
-            log.warning("segment given up", tier=arena.tier.name, segment=segment.segment_id, reason=reason)
-            arena.tier.discard(segment)
+            _give_up_segment(arena.tier, segment, reason)
         result.segments += len(scans)
         tables.append(_rows(scans, arena.pool.slots_per_segment))
     recovered = recover(space.cache, tables)
     result.kept += recovered.kept
     _count(result, duplicates=recovered.duplicates, orphans=recovered.orphans)
+
+
+def _give_up_segment(tier: Tier, segment: Any, reason: str) -> None:
+    log.warning("segment given up", tier=tier.name, segment=segment.segment_id, reason=reason)
+    tier.discard(segment)
 
 
 def _rows(scans: list[tuple[int, Scan]], slots_per_segment: int) -> Rows:

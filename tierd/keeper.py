@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
@@ -43,6 +44,9 @@ class Keeper:
         self.spaces: dict[bytes, Space] = {}
         self.mover = Mover(io_threads, self._moved)
         self.handovers = 0
+        self.forgotten: Counter[tuple[str, ...]] = Counter()
+        """Counters of namespaces that were forgotten, so that no sum ever goes down."""
+        self._failures: Counter[str] = Counter()
         self._paused_until = [0.0 for _ in tiers]
         self._handing: list[asyncio.Task[bool] | None] = [None for _ in tiers]
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -206,6 +210,8 @@ class Keeper:
             await self._unmap(space, ordinal)
         segment = arena.remove(ordinal)
         await asyncio.to_thread(arena.tier.discard, segment)
+        if tier == LOWER:
+            self._failures.update(segment.failures)
         arena.tier.budget.release(arena.geometry.total_bytes)
 
     async def _unmap(self, space: Space, ordinal: int) -> None:
@@ -219,15 +225,34 @@ class Keeper:
                     session.events.send({"id": 0, "push": "detach", "segments": [entry]})
             await asyncio.sleep(POLL_SECONDS)
 
+    def forget_empty(self) -> None:
+        """Make room for other namespaces: those without sessions and segments have nothing to lose but their names."""
+        if any(self._handing):
+            return  # one of them may be about to get a segment
+        for space in list(self.spaces.values()):
+            if not space.sessions and not any(arena.segments or arena.growing for arena in space.arenas):
+                self.forgotten.update(space.cache.counters)
+                del self.spaces[space.namespace.id]
+
+    def nvme_failures(self) -> Counter[str]:
+        """Failed accesses to segment files by reason, those of files that are gone included."""
+        total = Counter(self._failures)
+        for space in list(self.spaces.values()):
+            for segment in list(space.lower.segments.values()) if space.lower else ():
+                total.update(segment.failures)
+        return total
+
     # -- the rest -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled: write recency to the directories once in a while, and restart what was paused."""
+        """Until cancelled: write recency to directories and files once in a while, and restart what was paused."""
         while True:
             await asyncio.sleep(RECENCY_SECONDS)
             for space in list(self.spaces.values()):
                 self.note_recency(space)
                 self.pump(space)
+                for segment in list(space.lower.segments.values()) if space.lower else ():
+                    await asyncio.to_thread(segment.flush_recency)
 
     def note_recency(self, space: Space) -> None:
         """Write last use and use counts of what was touched since the last time to the directories."""

@@ -62,7 +62,7 @@ class Handler(Protocol):
         """A peer is there; raise a TierdError to refuse it (then `disconnected` is not called)."""
 
     def request(self, connection: Connection, request: Request) -> Result | Awaitable[Result]:
-        """Answer a checked request: the reply's fields (None: none) or an awaitable of them; raise TierdError to refuse.
+        """Answer a checked request: the reply's fields (None: none) or an awaitable of them; a TierdError refuses it.
 
         An awaitable is cancelled when its deadline passes or its connection ends: shield what must not be.
         """

@@ -93,8 +93,7 @@ class Service:
     def hello(self, connection: Connection, arguments: Request) -> Reply:
         """Open a session in the namespace that the peer may use."""
         namespace = self._namespace(connection, arguments)
-        if namespace.id not in self._keeper.spaces and len(self._keeper.spaces) >= self._config.limits.namespaces_max:
-            raise Busy(f"the daemon serves its maximum of {self._config.limits.namespaces_max} namespaces")
+        self._check_namespace_limit(namespace)
         space = self._space_of(namespace)
         self._keeper.supply_ahead(space)
         peer = connection.peer
@@ -181,6 +180,13 @@ class Service:
         for connection in connections:  # a forked child may hold them open
             if connection is not None:
                 connection.close("the session's process is gone")
+
+    def _check_namespace_limit(self, namespace: Namespace) -> None:
+        spaces, most = self._keeper.spaces, self._config.limits.namespaces_max
+        if namespace.id not in spaces and len(spaces) >= most:
+            self._keeper.forget_empty()
+            if len(spaces) >= most:
+                raise Busy(f"the daemon serves its maximum of {most} namespaces: raise limits.namespaces_max")
 
     def _join(self, session: Attached, connection: Connection) -> None:
         session.connection = connection

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import re
 import select
 import signal
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from http.client import HTTPConnection
 from pathlib import Path
 from struct import pack
@@ -28,7 +28,7 @@ from tierd.errors import Gone
 from tierd.layout import Layout
 from tierd.tiers.segment import Geometry
 from tierd.wire.framing import decode, encode
-from tierd.wire.messages import error_of, pack_slots, unpack_slots
+from tierd.wire.messages import error_of, unpack_slots
 
 LAYOUT = Layout(layers=1, kv_heads=1, head_dim=64, dtype="float16")
 SEGMENT_BYTES = 256 << 10
@@ -49,9 +49,10 @@ def hashes_of(seed: int, blocks: int, parent: bytes = ROOT) -> bytes:
     return chain([seed * 1_000_000 + at for at in range(blocks)], 1, parent)
 
 
-def payload_of(block: bytes) -> NDArray[np.uint8]:
-    """The bytes that tests store under a hash: they follow from it, so a wrong byte shows wherever it comes from."""
-    return np.frombuffer(block * (LAYOUT.block_bytes // len(block)), np.uint8)
+def payload_of(block: bytes, model: str = "model") -> NDArray[np.uint8]:
+    """The bytes that tests store under a hash: they follow from it and the model, so a wrong byte shows anywhere."""
+    word = sha256(block + model.encode()).digest()
+    return np.frombuffer(word * (LAYOUT.block_bytes // len(word)), np.uint8)
 
 
 class Daemon:
@@ -155,11 +156,11 @@ class Daemon:
         found: dict[str, int] = self.status()["tiers"][tier]["slots"]
         return found
 
-    def wait_until(self, what: str, seconds: float = ANSWER_SECONDS_MAX) -> dict[str, Any]:
-        """Wait until an expression over `status` (its keys are names) is true; returns that status."""
-        deadline = monotonic_seconds() + seconds
-        while not eval(what, {}, status := self.status()):
-            assert monotonic_seconds() < deadline, f"{what} is still not so: {json.dumps(status, indent=1)}"
+    def wait_until(self, so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until a condition on `status` is true; returns that status."""
+        deadline = monotonic_seconds() + ANSWER_SECONDS_MAX
+        while not so(status := self.status()):
+            assert monotonic_seconds() < deadline, f"it is still not so: {json.dumps(status, indent=1)}"
             select.select([], [], [], POLL_SECONDS)
         return status
 
@@ -192,6 +193,7 @@ class Wire:
         except OSError:
             self.socket.close()
             raise
+        self.model = ""
         self.welcome: dict[str, Any] = {}
         self.segments: dict[int, mmap.mmap] = {}
         self.segment_ids: dict[int, bytes] = {}
@@ -263,6 +265,7 @@ class Wire:
             "fingerprint": LAYOUT.fingerprint,
             "client": "test",
         } | changes
+        self.model = arguments["model"]
         self.welcome = self.ask("hello", **{name: value for name, value in arguments.items() if value is not None})
         return self.welcome
 
@@ -271,7 +274,7 @@ class Wire:
         wire = Wire(self.path)
         names = ("version", "session", "token", "namespace")
         welcome = wire.ask("resume", **{name: self.welcome[name] for name in names}, held=held, client="resumed")
-        wire.welcome = welcome
+        wire.welcome, wire.model = welcome, self.model
         return wire, welcome["lease"]
 
     # -- blocks: what a client does -----------------------------------------------------------------------------------
@@ -282,7 +285,7 @@ class Wire:
         slots = unpack_slots(reply["slots"])
         for at, slot in enumerate(slots.tolist()):
             if slot >= 0:
-                self.slot(slot)[:] = payload_of(hashes[at * 32 : at * 32 + 32])
+                self.slot(slot)[:] = payload_of(hashes[at * 32 : at * 32 + 32], self.model)
         return reply["lease"], slots
 
     def store(self, hashes: bytes, parent: bytes = ROOT) -> int:
@@ -315,7 +318,9 @@ class Wire:
     def read(self, hashes: bytes, first: int, slots: bytes) -> int:
         """Check the bytes in the slots of the blocks from `first`; returns how many slots there are."""
         for at, slot in enumerate(unpack_slots(slots).tolist(), first):
-            assert (self.slot(slot) == payload_of(hashes[at * 32 : at * 32 + 32])).all(), f"wrong bytes in block {at}"
+            assert (self.slot(slot) == payload_of(hashes[at * 32 : at * 32 + 32], self.model)).all(), (
+                f"wrong bytes in block {at}"
+            )
         return len(slots) // 4
 
     def slot(self, number: int) -> NDArray[np.uint8]:
@@ -371,11 +376,3 @@ def http_get(host: str, port: int, path: str) -> tuple[int, str]:
         return response.status, response.read().decode()
     finally:
         connection.close()
-
-
-def seconds_to_ready(log: str) -> float:
-    """What the last `ready` line of a log says."""
-    return float(re.findall(r"ready .*seconds=([0-9.e-]+)", log)[-1])
-
-
-__all__ = ["LAYOUT", "ROOT", "SEGMENT_BYTES", "SLOTS", "Daemon", "Wire", "hashes_of", "pack_slots", "settings"]

@@ -13,12 +13,13 @@ import msgpack
 import pytest
 
 from tests.daemon.conftest import Start
-from tests.daemon.harness import LAYOUT, ROOT, Daemon, Wire, hashes_of
+from tests.daemon.harness import LAYOUT, ROOT, Daemon, Wire, hashes_of, settings
 from tierd.errors import Busy, Gone, Invalid, TierdError
 from tierd.layout import Layout
 from tierd.wire.framing import LENGTH, encode
 
 CHAIN = hashes_of(1, 8)
+TIERS = ("gpu", "cpu", "nvme", "remote", "pending", "miss")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for all hostile peers: whatever they do, it must serve the next one."""
     folder = Path("/tmp", f"tierd-hostile-{os.getpid()}")
     folder.mkdir()
-    daemon = Daemon(folder, ["--cpu-bytes", "64MiB", "--nvme-bytes", "0"]).start()
+    flags = settings(cpu_bytes="16MiB", cpu_segment_bytes="2MiB", cpu_huge_pages="off", nvme_bytes=0)
+    daemon = Daemon(folder, flags).start()
     yield daemon
     daemon.end()
     log = daemon.log
@@ -43,7 +45,7 @@ def still_well(served: Daemon) -> Iterator[None]:
     with served.peer(model="good") as good:
         good.store(CHAIN)
         assert good.load(CHAIN) == 8
-    status = served.wait_until("sessions == 0")
+    status = served.wait_until(lambda status: status["sessions"] == 0)
     (slots,) = [tier["slots"] for tier in status["tiers"].values()]
     assert (slots["filling"], slots["retired"], slots["quarantined"]) == (0, 0, 0)
     assert (served.process is not None) and served.process.poll() is None
@@ -89,9 +91,7 @@ NOT_MESSAGES = {
 
 @pytest.mark.parametrize("hello", [False, True], ids=["before hello", "after hello"])
 @pytest.mark.parametrize("payload", NOT_MESSAGES.values(), ids=NOT_MESSAGES.keys())
-def test_a_frame_that_is_no_message_ends_its_connection_with_a_reason(
-    served: Daemon, payload: bytes, hello: bool
-) -> None:
+def test_a_frame_that_is_no_message_ends_its_connection_with_a_reason(served: Daemon, payload: bytes, hello: bool) -> None:
     """The error reply has id 0, says what was wrong, and the connection ends there."""
     last = answer_to(served, framed(payload) + encode({"id": 9, "verb": "stats"}), hello)[-1]
     assert (last["id"], last["ok"], last["error"]) == (0, False, "invalid")
@@ -233,7 +233,7 @@ def test_verbs_before_hello_are_refused(served: Daemon, verb: str) -> None:
 
 
 BAD_LAYOUTS: list[tuple[Any, str]] = [
-    (LAYOUT.to_map() | {"layers": 2}, "does not match the layout sent"),
+    (LAYOUT.to_map() | {"layers": 2}, "is not that of the layout sent"),
     (LAYOUT.to_map() | {"dtype": "complex64"}, "dtype 'complex64' is not one of float32"),
     (LAYOUT.to_map() | {"layers": 0}, "layers must be an integer from 1"),
     (LAYOUT.to_map() | {"layers": 1 << 62}, "layers must be an integer from 1"),
@@ -290,9 +290,8 @@ def test_a_wrong_hello_opens_no_session(served: Daemon, changes: dict[str, Any],
 
 def test_a_second_hello_is_refused(served: Daemon) -> None:
     """A connection belongs to one session."""
-    with served.peer() as wire:
-        with pytest.raises(Invalid, match="was opened by 'hello' before; open another one"):
-            wire.hello(model="other")
+    with served.peer() as wire, pytest.raises(Invalid, match="was opened by 'hello' before; open another one"):
+        wire.hello(model="other")
 
 
 def test_a_session_cannot_be_guessed(served: Daemon) -> None:
@@ -331,7 +330,8 @@ def test_held_records_that_cannot_be_are_refused(served: Daemon) -> None:
 @pytest.mark.parametrize("verb", ["load", "release", "commit", "abort"])
 def test_nobody_uses_a_lease_that_is_not_theirs(served: Daemon, verb: str) -> None:
     """Unknown leases, another session's and another namespace's are refused, and stay whole for their owner."""
-    with served.peer(model="leases") as owner, served.peer(model="leases") as same, served.peer(model="x") as other:
+    model = f"leases {verb}"
+    with served.peer(model=model) as owner, served.peer(model=model) as same, served.peer(model="x") as other:
         owner.store(CHAIN)
         reading = owner.lookup(CHAIN)["lease"]
         writing, _ = owner.place(hashes_of(2, 4))
@@ -380,15 +380,14 @@ def test_an_unknown_parent_is_gone(served: Daemon) -> None:
         assert wire.ask("prefetch", hashes=CHAIN, parent=hashes_of(99, 1))["blocks"] == 0
 
 
-def test_the_same_hash_twice_in_a_request_is_harmless(served: Daemon) -> None:
-    """A chain cannot contain a block twice; whoever says so gets no block twice, and no other block wrong."""
+def test_a_hash_that_is_there_twice_is_refused(served: Daemon) -> None:
+    """A chain cannot contain a block twice, nor the root itself."""
     with served.peer(model="twice") as wire:
-        for nonsense in (CHAIN[:32] * 4, CHAIN + CHAIN, CHAIN[:64] + CHAIN[:32]):
-            lease, slots = wire.place(nonsense)
-            if lease:
-                wire.ask("commit", lease=lease)
-            assert len(slots) == len(nonsense) // 32
-            wire.load(nonsense)
+        for nonsense in (CHAIN[:32] * 4, CHAIN + CHAIN, CHAIN[:64] + CHAIN[:32], CHAIN[:32] + ROOT):
+            with pytest.raises(Invalid, match="is there twice, or is all zeros"):
+                wire.ask("store", hashes=nonsense)
+        assert wire.store(CHAIN) == 8
+        assert wire.lookup(CHAIN + CHAIN)["tiers"] | {"cpu": 0} == dict.fromkeys(TIERS, 0) | {"miss": 8}
 
 
 def test_the_admin_socket_is_as_hard(served: Daemon) -> None:
@@ -432,7 +431,6 @@ def test_errors_are_counted_by_verb_and_kind(served: Daemon) -> None:
     """A client that sends nonsense shows in the metrics."""
     name = 'tierd_request_errors_total{error="gone",verb="store"}'
     before = served.metrics().get(name, 0)
-    with served.peer() as wire:
-        with pytest.raises(TierdError):
-            wire.ask("store", hashes=CHAIN, parent=hashes_of(98, 1))
+    with served.peer() as wire, pytest.raises(TierdError):
+        wire.ask("store", hashes=CHAIN, parent=hashes_of(98, 1))
     assert served.metrics()[name] == before + 1

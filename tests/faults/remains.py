@@ -16,7 +16,7 @@ import xxhash
 
 from tierd.block import ROOT
 
-PAGE_BYTES = 4096
+NAMESPACE_BYTES = 32
 FREE, FILLING, READY = 0x00, 0x3C, 0xC3
 HEADER = Struct("<8s2I16s32s16s4Q2I6Q")
 IDENTITY = Struct("<32s32s16s2I3Q12sI")
@@ -34,7 +34,7 @@ PLACES = (
 
 @dataclass
 class Remains:
-    """Blocks by tier ("cpu", "nvme"): hash -> parent; and what was under way: slots by place."""
+    """Blocks by tier ("cpu", "nvme"): namespace + hash -> namespace + parent; and what was under way: slots by place."""
 
     blocks: dict[str, dict[bytes, bytes]] = field(default_factory=lambda: {"cpu": {}, "nvme": {}})
     places: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ class Remains:
     def survivors(self) -> dict[str, set[bytes]]:
         """Per tier, the blocks that recovery must keep: those whose chain reaches the root through blocks of any tier."""
         parents = self.blocks["cpu"] | self.blocks["nvme"]
-        rooted = {ROOT}
+        rooted = {block[:NAMESPACE_BYTES] + ROOT for block in parents}
         for block in parents:
             path = []
             while block not in rooted and block in parents:
@@ -85,14 +85,16 @@ def memory_directories(holder: int) -> Iterator[bytes]:
 def first_bytes(path: Path) -> bytes:
     """A file's header and directory."""
     with path.open("rb") as file:
-        slots_offset = HEADER.unpack(file.read(HEADER.size))[15]
+        slots_offset = HEADER.unpack(file.read(HEADER.size))[16]
         file.seek(0)
         return file.read(slots_offset)
 
 
 def read_rows(remains: Remains, tier: str, directory: bytes, path: Path | None) -> None:
     """Add the rows of one segment."""
-    *_, payload_bytes, slot_bytes, count, _, state_at, holders_at, identity_at, _, slots_at, _ = HEADER.unpack_from(directory)
+    header = HEADER.unpack_from(directory)
+    namespace, payload_bytes, slot_bytes, count, slots_at = (header[at] for at in (4, 8, 9, 10, 16))
+    state_at, holders_at, identity_at = header[12:15]
     states = np.frombuffer(directory, "<u8", count, state_at)
     holders = np.frombuffer(directory, "<u8", count, holders_at)
     remains.rows[tier] += count
@@ -104,7 +106,7 @@ def read_rows(remains: Remains, tier: str, directory: bytes, path: Path | None) 
         if state & 0xFF == READY:
             remains.damaged += not whole
             if whole:
-                remains.blocks[tier][block] = parent
+                remains.blocks[tier][namespace + block] = namespace + parent
             remains.places["a client reads"] += bool(holders[slot])
         elif tier == "cpu":
             remains.places["a client writes" if holders[slot] else "promotion"] += 1

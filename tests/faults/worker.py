@@ -1,6 +1,6 @@
 """A client process under torture: loads and stores chains all the time, and checks every byte that it gets.
 
-`python -m tests.faults.worker SOCKET SEED` obeys words on standard input: "pause" (answered with its counts as JSON), "go", and the
+`python -m tests.faults.worker SOCKET SEED NAMESPACE` obeys words on standard input: "pause" (answered with its counts as JSON), "go", and the
 end of the input. All workers share one universe of chains, several times the memory tier.
 """
 
@@ -20,25 +20,36 @@ from tests.faults.house import LAYOUT
 from tierd.block import HASH_BYTES
 from tierd.client import Client
 
-CHAINS, CHAIN_BLOCKS, SHARED_BLOCKS = 96, 64, 16
+CHAINS, CHAIN_BLOCKS, SHARED_BLOCKS, SHARED_BY = 96, 64, 16, 4
 DEADLINE_SECONDS = 1.0
+PREFETCHES = 2
+"""Other chains that are asked for after each turn, so that much is on its way between the tiers."""
+COMPUTE_SECONDS = 0.01
+"""What an engine does while there is no daemon."""
 
 
 def universe() -> list[bytes]:
     """The chains: four at a time share their first blocks, as prompts share a system prompt."""
     chains = []
     for number in range(CHAINS):
-        head = chain(f"torture head {number // 4}", SHARED_BLOCKS)
+        head = chain(f"torture head {number // SHARED_BY}", SHARED_BLOCKS)
         chains.append(head + chain(f"torture {number}", CHAIN_BLOCKS - SHARED_BLOCKS, head[-HASH_BYTES:]))
     return chains
+
+
+def model_of(namespace: int) -> str:
+    """Namespaces have the same hashes and other bytes, so that one of the other's is a wrong one."""
+    return f"faults {namespace}"
 
 
 class Worker:
     """One client and what it has seen."""
 
-    def __init__(self, path: str, seed: int) -> None:
+    def __init__(self, path: str, seed: int, namespace: int) -> None:
         self.random = Random(seed)
-        self.client = Client(path, model="faults", layout=LAYOUT, deadline_seconds=DEADLINE_SECONDS, name=f"worker {seed}")
+        self.flavour = namespace
+        model, name = model_of(namespace), f"worker {seed}"
+        self.client = Client(path, model=model, layout=LAYOUT, deadline_seconds=DEADLINE_SECONDS, name=name)
         self.chains = universe()
         self.pool = np.zeros((CHAIN_BLOCKS, LAYOUT.block_bytes), np.uint8)
         self.counts: Counter[str] = Counter()
@@ -53,13 +64,17 @@ class Worker:
         had = self.timed(lambda: self.client.load(hashes, self.pool, pages))
         self.counts["asked"] += blocks
         self.counts["hits"] += had
-        self.counts["wrong"] += len(wrong(self.pool[pages], hashes, had))
+        self.counts["wrong"] += len(wrong(self.pool[pages], hashes, had, self.flavour))
         rows = np.empty((blocks, LAYOUT.block_bytes), np.uint8)
-        fill(rows, hashes)
+        fill(rows, hashes, self.flavour)
         self.pool[pages] = rows
         stored = self.timed(lambda: self.client.store(hashes, self.pool, pages))
         self.counts["stored"] += stored.stored
         self.counts["refused"] += stored.refused
+        if stored.refused == blocks:
+            time.sleep(COMPUTE_SECONDS)
+        for _ in range(PREFETCHES):
+            self.client.prefetch(self.random.choice(self.chains))
 
     def timed(self, call):  # type: ignore[no-untyped-def]
         """The call's result; remembers the longest."""
@@ -75,7 +90,7 @@ class Worker:
 
 def main() -> None:
     """Work until standard input ends."""
-    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    worker = Worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     working = True
     while True:
         if not working or select.select([sys.stdin], [], [], 0)[0]:

@@ -21,6 +21,7 @@ import numpy as np
 import uvloop
 
 from tierd.block import HASH_BYTES, ROOT, split
+from tierd.clock import monotonic_seconds
 from tierd.errors import Gone
 from tierd.layout import Layout, Namespace
 from tierd.server import Connection, Server
@@ -29,6 +30,7 @@ from tierd.wire.messages import NO_ROOM, PENDING, STORED, Request, pack_slots, u
 
 LAYOUT = Layout(2, 2, 16, "float32")
 NAMESPACE = Namespace("test", "model", LAYOUT)
+BYTES = LAYOUT.block_bytes
 LIMITS = SimpleNamespace(frame_bytes_max=4 << 20, hello_frame_bytes_max=64 << 10, sessions_max=16, wait_seconds_max=5.0)
 
 
@@ -49,7 +51,7 @@ class Session:
 
 
 class Memory:
-    """Handles requests. `told_max` blocks of a lookup are told, the rest is to be loaded in windows of `window` blocks."""
+    """Handles requests. `told_max` blocks of a lookup are told, the rest comes in windows of `window` blocks."""
 
     def __init__(self, segments: list[HostSegment], told_max: int = 1 << 30, window: int = 1 << 30) -> None:
         self.segments = segments
@@ -110,7 +112,10 @@ class Memory:
             if segment.directory.holders[index] & resumed.bit:
                 self.unhold(resumed, [at])
         lease = self.lease(resumed, "held", b"", slots) if slots else 0
-        return {**self.welcome(connection, resumed), "lease": lease}
+        welcome = self.welcome(connection, resumed)
+        for ordinal in range(len(self.segments)):
+            self.attach(connection, ordinal)
+        return {**welcome, "lease": lease}
 
     def welcome(self, connection: Connection, session: Session) -> dict[str, Any]:
         """The reply to hello and resume."""
@@ -250,15 +255,19 @@ class Memory:
             segment, index = self.place(slot)
             segment.directory.holders[index] |= session.bit
         for ordinal in sorted({slot // self.per_segment for slot in slots} - session.known):
-            session.known.add(ordinal)
-            segment = self.segments[ordinal]
-            shape = segment.header.geometry
-            names = {"tier": "cpu", "ordinal": ordinal, "segment": segment.segment_id, "slots": shape.slot_count}
-            sizes = {name: getattr(shape, name) for name in ("slot_bytes", "directory_bytes", "slots_bytes")}
-            directory = segment.readonly_directory_fd()
-            push = {"id": 0, "push": "attach", "segments": [{**names, **sizes}]}
-            connection.send(push, [directory, segment.slots_fd])
-            os.close(directory)
+            self.attach(connection, ordinal)
+
+    def attach(self, connection: Connection, ordinal: int) -> None:
+        """Push a segment with its descriptors."""
+        connection.state.known.add(ordinal)
+        segment = self.segments[ordinal]
+        shape = segment.header.geometry
+        names = {"tier": "cpu", "ordinal": ordinal, "segment": segment.segment_id, "slots": shape.slot_count}
+        sizes = {name: getattr(shape, name) for name in ("slot_bytes", "directory_bytes", "slots_bytes")}
+        directory = segment.readonly_directory_fd()
+        push = {"id": 0, "push": "attach", "segments": [{**names, **sizes}]}
+        connection.send(push, [directory, segment.slots_fd])
+        os.close(directory)
 
     def unhold(self, session: Session, slots: list[int]) -> None:
         """Clear the session's bits, but for what another lease of it still names."""
@@ -309,6 +318,26 @@ class Daemon:
 def make_segment(blocks: int) -> HostSegment:
     """A segment with room for about that many blocks."""
     return HostSegment.create(NAMESPACE, 4096 * 5 + blocks * (LAYOUT.slot_bytes + 160), 0, huge_pages="off")
+
+
+def names(count: int, seed: int = 0) -> bytes:
+    """Packed hashes."""
+    return b"".join(hashlib.sha256(b"%d %d" % (seed, at)).digest() for at in range(count))
+
+
+def content(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A pool of blocks with bytes of their own."""
+    return np.random.default_rng(seed).integers(0, 256, (count, BYTES), np.uint8)
+
+
+def until(condition: Callable[[], Any], seconds: float = 10.0) -> bool:
+    """Try again until it holds, for things that another thread or process does; the calls themselves take the time."""
+    end = monotonic_seconds() + seconds
+    while monotonic_seconds() < end:
+        if condition():
+            return True
+        os.sched_yield()
+    return False
 
 
 def main() -> None:

@@ -97,32 +97,54 @@ def test_a_wrong_configuration_ends_with_two_before_anything_is_made(tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["status", "sync"])
-def test_without_a_daemon_commands_end_with_three(
-    command: str, short_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_daemon_commands_end_with_three(command: str, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the socket and how to start a daemon."""
     assert main([command, "--runtime-dir", str(short_path)]) == UNREACHABLE
     assert f"no daemon at {short_path}/admin.sock" in capsys.readouterr().err
 
 
-def test_status_prints_for_people_and_for_programs(
-    admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same answer as indented text with units, and as JSON with every value as it is."""
-    tiers = {"cpu": {"bytes": 3 << 29, "slots_free": 7}}
-    runtime = admin(
-        lambda request: encode({"id": request["id"], "ok": True, "version": "1", "tiers": tiers, "inc": b"\x0f"})
-    )
+STATUS = {
+    "version": "1",
+    "pid": 12,
+    "uptime_seconds": 93_784.5,
+    "socket": "/run/tierd/tierd.sock",
+    "metrics": "",
+    "io": {"engine": "posix", "path": "direct"},
+    "tiers": {"cpu": {"used_bytes": 3 << 29, "limit_bytes": 3 << 30, "slots": {"free": 7, "ready": 1234}}},
+    "lookup_blocks": {"cpu": 750, "nvme": 0, "miss": 250},
+    "evicted_blocks": {"cpu.clean": 1000, "cpu.drop": 0},
+    "checksum_failures": 0,
+    "unwritten_runs": 3,
+    "namespaces": [],
+    "incarnation": b"\x0f",
+}
+PAGE = """\
+tierd 1, pid 12, up 1 d 2 h, nvme by posix, direct
+socket   /run/tierd/tierd.sock
+metrics  off
+
+tier     used    limit       free  ready
+cpu   1.5 GiB  3.0 GiB  50%     7  1,234
+
+lookups  1,000 blocks asked: cpu 75.0%, miss 25.0%
+evicted  1,000 from cpu (clean)
+waiting  3 runs to be written to nvme
+damaged  0 blocks whose checksum was wrong
+
+no namespace was opened yet
+"""
+
+
+def test_status_prints_for_people_and_for_programs(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The same answer as a page with units, and as JSON with every value as it is."""
+    runtime = admin(lambda request: encode({"id": request["id"], "ok": True, **STATUS}))
     assert main(["status", "--runtime-dir", str(runtime)]) == 0
-    text = capsys.readouterr().out
-    assert "tiers\n  cpu\n    bytes       1.5 GiB\n    slots_free  7\n" in text
+    assert capsys.readouterr().out == PAGE
     assert main(["status", "--json", "--runtime-dir", str(runtime)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"version": "1", "tiers": tiers, "inc": "0f"}
+    assert json.loads(capsys.readouterr().out) == STATUS | {"incarnation": "0f"}
 
 
-def test_sync_asks_again_while_the_daemon_is_busy(
-    admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sync_asks_again_while_the_daemon_is_busy(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The daemon's own limit on waiting is shorter than the user's patience: `busy` is asked again, with a deadline."""
     requests = []
 
@@ -138,13 +160,9 @@ def test_sync_asks_again_while_the_daemon_is_busy(
     assert all(0 < request["deadline_ms"] <= 20_000 for request in requests)
 
 
-def test_sync_gives_up_with_one_when_time_is_over(
-    admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sync_gives_up_with_one_when_time_is_over(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """A daemon that stays busy makes the command fail, not hang."""
-    busy = admin(
-        lambda request: encode({"id": request["id"], "ok": False, "error": "busy", "message": "9 blocks left"})
-    )
+    busy = admin(lambda request: encode({"id": request["id"], "ok": False, "error": "busy", "message": "9 blocks left"}))
     assert main(["sync", "--timeout", "0.1", "--runtime-dir", str(busy)]) == FAILED
     assert "not everything was on NVMe after 0.1 s: 9 blocks left" in capsys.readouterr().err
 

@@ -60,9 +60,9 @@ def run(task: Task) -> Result:
 
 def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
     """One row: bytes per second of both directions, raw and through tierd; and how the daemon reaches the disk."""
-    blocks = (8 * MIB if task.quick else 128 * MIB) // block_bytes
+    blocks = (8 * MIB if task.quick else 256 * MIB) // block_bytes
     chain_bytes = blocks * block_bytes
-    segment_bytes = (4 if task.quick else 32) * MIB
+    segment_bytes = (4 if task.quick else 64) * MIB
     needed_bytes = 2 * NVME_CHAINS * chain_bytes
     with (
         scratch_folder(task.directory, needed_bytes) as folder,

@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -29,7 +30,10 @@ class RawFile:
         path.touch(0o600)
         self._descriptor, self.direct = open_direct(path)
         os.posix_fallocate(self._descriptor, 0, blocks * block_bytes)
-        self._memory = memoryview(mmap.mmap(-1, batch * block_bytes))
+        memory = mmap.mmap(-1, batch * block_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # huge pages make one long transfer out of a block; tierd's slots have them too
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memoryview(memory)
         rows = np.frombuffer(self._memory, np.uint64)
         rows[:] = np.arange(len(rows), dtype=np.uint64)
         self._pool = ThreadPoolExecutor(threads)

@@ -41,7 +41,7 @@ def page(status: Mapping[str, Any]) -> Iterator[str]:
     yield from tiers(status["tiers"])
     yield ""
     yield f"lookups  {shares(status['lookup_blocks'])}"
-    yield f"evicted  {counts(status['evicted_blocks'])}"
+    yield f"evicted  {evictions(status['evicted_blocks'])}"
     yield f"waiting  {status['unwritten_runs']:,} runs to be written to nvme"
     yield f"damaged  {status['checksum_failures']:,} blocks whose checksum was wrong"
     yield ""
@@ -65,8 +65,9 @@ def shares(lookups: Mapping[str, int]) -> str:
     return f"{asked:,} blocks asked: {', '.join(parts)}" if asked else "no block was asked for yet"
 
 
-def counts(numbers: Mapping[str, int]) -> str:
-    parts = [f"{number:,} from {' as '.join(name.split('.'))}" for name, number in numbers.items() if number]
+def evictions(numbers: Mapping[str, int]) -> str:
+    """What had to go, by tier and kind."""
+    parts = [f"{number:,} from {name.replace('.', ' (')})" for name, number in numbers.items() if number]
     return ", ".join(parts) or "nothing yet"
 
 

@@ -88,12 +88,19 @@ class Segments:
                 self._give_up(mapping)
 
     def accept(self, welcome: dict[str, Any], copies: set[Copy] | None = None) -> None:
-        """Copies may start on the newest connection. A resumed lease is released when `copies` have ended."""
+        """Copies may start on the newest connection. A resumed lease is released when `copies` have ended.
+
+        What was not attached on this connection is given up: the daemon may have forgotten that it is mapped here.
+        """
         with self._changed:
-            for mapping in self._mappings.values():  # an attach may overtake the reply that names the namespace
-                check_namespace(mapping, welcome)
             if self._closed:
                 raise Closed("this client was closed")
+            attached = list(self._ordinals.values())
+            for mapping in list(self._mappings.values()):
+                if mapping not in attached:
+                    self._give_up(mapping)
+                else:  # the attach came before the reply that names the namespace
+                    check_namespace(mapping, welcome)
             self._welcome = welcome
             self._owed = (welcome.get("lease", 0), (copies or set()) & self._copies)
             release = self._take_owed()

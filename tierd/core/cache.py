@@ -42,6 +42,7 @@ from tierd.core.plan import (
     Slots,
     Transfer,
     Wait,
+    leading,
     nothing,
     pick,
 )
@@ -73,7 +74,8 @@ class Cache:
         self.write_back = WriteBack(
             self.index, self.pools, self._room, self._transfers, self.counters, write_back and lower is not None
         )
-        self._pending: dict[bytes, Lease] = {}
+        self._pending: set[bytes] = set()
+        """Blocks that are being written, by any session."""
         self._ids = counter(1)
 
     @property
@@ -138,12 +140,13 @@ class Cache:
         slots, pieces = self._resident(hashes, parent)
         upper, blocks = slots[UPPER], slots.shape[1]
         is_up = upper >= 0
-        tiers = self._attribute(hashes, blocks, int(is_up.sum()))
+        up = int(np.count_nonzero(is_up))
+        tiers = self._attribute(hashes, blocks, up)
         if not blocks:
             return Found(0, 0, 0, upper, tiers)
         self.index.touch(pieces, now)
         told, lower = blocks, nothing(blocks)
-        if not is_up.all():  # behind what is told, hold lower copies where there are any: the upper ones stay evictable
+        if up < blocks:  # behind what is told, hold lower copies where there are any: the upper ones stay evictable
             told = min(int(is_up.argmin()), self._told_max)
             lower[told:] = slots[LOWER, told:]
             upper[told:][lower[told:] >= 0] = -1
@@ -155,8 +158,8 @@ class Cache:
         session.leases[lease.id] = lease
         self._tell(session, lease, 0, told, now)
         if told < blocks:
-            self._promotion.catch_up(lease, told)
-            if not self._promotion.start(lease, told, DEMAND, now) and upper[told] < 0:
+            self._promotion.start(lease, told, DEMAND, now)
+            if not is_up[told] and not self._promotion.coming(lease, told):
                 session.let_go(lease, slice(told, None))  # report no more than can be delivered
                 lease.blocks = told
                 self.counters["lookup_busy",] += 1
@@ -179,22 +182,20 @@ class Cache:
         last = min(first + count, lease.blocks)
         if ((lease.upper[first:last] < 0) & (lease.lower[first:last] < 0)).any():
             raise Invalid(f"load: some of blocks {first} to {last} of lease {lease_id} were released before")
+        self._promotion.catch_up(lease, first, last)
         end = _risen(lease, first, last)
-        waits: list[int] = []
         if end < lease.blocks:
-            self._promotion.catch_up(lease, end)
-            waits = self._promotion.start(lease, end, DEMAND, now)
-            end = _risen(lease, end, min(last, lease.blocks))
+            self._promotion.start(lease, end, DEMAND, now)
         if end > first:
             self._tell(session, lease, first, end, now)
             slots: Slots = lease.upper[first:end].copy()
             return slots
         if first >= lease.blocks:
             raise Gone(f"block {first} of lease {lease_id} is lost")
-        if not waits:
+        if not (transfer := self._promotion.coming(lease, first)):
             self.counters["load_busy",] += 1
             raise Busy("all slots of the cpu tier are held; load the blocks you have, release them and ask again")
-        return Wait(waits)
+        return Wait([transfer])
 
     def release(self, session_id: int, lease_id: int, first: int = 0, count: int | None = None) -> None:
         """End a reading lease, or give back `count` blocks of it from `first`."""
@@ -211,15 +212,15 @@ class Cache:
     def prefetch(self, hashes: bytes, parent: bytes, now: int) -> int:
         """Start to bring the head of a prefix up, without a lease; returns how many blocks are or will be up."""
         slots, pieces = self._resident(hashes, parent)
-        upper, lower, blocks = slots[UPPER], slots[-1], slots.shape[1]
+        upper, lower, blocks = slots[UPPER], slots[-1], len(slots[UPPER])
         self.index.touch(pieces, now)
-        first = _leading(upper >= 0)
+        first = leading(upper >= 0)
         if first == blocks:
-            return blocks
+            return first
         nobody = Lease(0, 0, parent, hashes, upper, lower, blocks, np.zeros(blocks, np.bool_))
         self._promotion.start(nobody, first, PREFETCH, now)
         rising = self._transfers.readers(LOWER, lower) > 0
-        return _leading((upper >= 0) | rising)
+        return leading((upper >= 0) | rising)
 
     # -- store, commit, abort -----------------------------------------------------------------------------------------
 
@@ -234,13 +235,13 @@ class Cache:
             stored = (piece.node.slots[:, piece.start : piece.end] >= 0).any(0)
             codes[at : at + piece.blocks][stored] = STORED
         wanted = np.flatnonzero(codes == NO_ROOM)
-        new = list(split(pick(hashes, wanted)))
-        if len(set(new)) < len(new) or ROOT in new:
+        new = set(split(pick(hashes, wanted)))
+        if len(new) < len(wanted) or ROOT in new:
             raise Invalid(
                 "store: a block hash is there twice, or is all zeros; hashes must be chained over their parents"
             )
-        if self._pending:
-            pending = np.array([block in self._pending for block in new], np.bool_)
+        if not new.isdisjoint(self._pending):
+            pending = np.array([block in self._pending for block in split(pick(hashes, wanted))], np.bool_)
             codes[wanted[pending]] = PENDING
             wanted = wanted[~pending]
         anchor = self.index.touch(pieces or self._parent_piece(parent), now)
@@ -260,7 +261,7 @@ class Cache:
         )
         session.leases[lease.id] = lease
         session.tell(taken)
-        self._pending.update(dict.fromkeys(split(run), lease))
+        self._pending.update(split(run))
         return Placed(lease.id, codes)
 
     def commit(self, session_id: int, lease_id: int, count: int | None, now: int) -> Committed:
@@ -271,7 +272,8 @@ class Cache:
         if not 0 <= count <= len(lease.upper):
             raise Invalid(f"commit: {count} blocks of a lease of {len(lease.upper)}")
         self._end_writing(session, lease)
-        self.upper.give(lease.upper[count:])
+        if count < len(lease.upper):
+            self.upper.give(lease.upper[count:])
         dropped = self._publish(lease, count, now)
         return Committed(count - dropped, dropped)
 
@@ -323,8 +325,7 @@ class Cache:
 
     def _end_writing(self, session: Session, lease: Lease) -> None:
         del session.leases[lease.id]
-        for block in split(lease.filled()):
-            self._pending.pop(block, None)
+        self._pending.difference_update(split(lease.filled()))
         session.untell(lease.upper)
 
     def _end_lease(self, session: Session, lease: Lease) -> None:
@@ -376,7 +377,7 @@ class Cache:
         if not pieces:
             return np.empty((len(self.pools), 0), np.int32), []
         slots = np.concatenate([piece.node.slots[:, piece.start : piece.end] for piece in pieces], axis=1)
-        blocks = _leading(slots.max(0) >= 0)
+        blocks = leading(slots.max(0) >= 0)
         if blocks == slots.shape[1]:
             return slots, pieces
         kept = [
@@ -406,7 +407,7 @@ class Cache:
         return [Piece(entry[0], 0, entry[1] + 1)] if entry else []
 
     def _tell(self, session: Session, lease: Lease, first: int, end: int, now: int) -> None:
-        """Name the slots of blocks [first, end) of a reading lease to its session, as far as that was not done before."""
+        """Name the slots of blocks [first, end) of a reading lease to its session, unless that was done before."""
         told = lease.told[first:end]
         slots = lease.upper[first:end][~told] if told.any() else lease.upper[first:end]
         told[:] = True
@@ -463,11 +464,6 @@ def _positions(pieces: list[Piece]) -> Iterator[tuple[int, Piece]]:
         at += piece.blocks
 
 
-def _leading(good: NDArray[np.bool_]) -> int:
-    """How many leading elements are true."""
-    return len(good) if good.all() else int(good.argmin())
-
-
 def _risen(lease: Lease, first: int, end: int) -> int:
     """The first block in [first, end) that is not up yet, or `end`."""
-    return first + _leading(lease.upper[first:end] >= 0)
+    return first + leading(lease.upper[first:end] >= 0)

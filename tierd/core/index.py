@@ -170,7 +170,7 @@ class Index:
         return node
 
     def attach(self, parent: Node, hashes: bytes, slots: Slots, last_use: int, uses: int = 0) -> Node:
-        """Add a child of the last block of `parent`, without a place in the orders: `arrange` gives it one (recovery)."""
+        """Add a child of the last block of `parent`, without a place in the orders: `arrange` gives it one."""
         node = self._add(parent, hashes, slots, last_use, uses)
         self.blocks += len(node)
         self.table.add(self.table.fragments(hashes), np.full(len(node), node.id, np.int32))
@@ -249,8 +249,9 @@ class Index:
         for node, start, count in pieces:
             top, shift = place[node]
             if merged and merged[-1].node is top:
-                count += merged.pop().blocks
-            merged.append(Piece(top, shift + start, count))
+                merged[-1] = merged[-1]._replace(blocks=merged[-1].blocks + count)
+            else:
+                merged.append(Piece(top, shift + start, count))
         for group in groups:
             if len(group) > 1:
                 self._join(group)

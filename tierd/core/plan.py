@@ -81,7 +81,7 @@ class Transfer:
 
 @dataclass(slots=True)
 class Found:
-    """Answer to `lookup`: `slots` (int32[told]) of the leading blocks, and for `tiers` where each block asked for is."""
+    """Answer to `lookup`: `slots` (int32[told]) of the leading blocks, and how many blocks are in which of `tiers`."""
 
     lease: int
     blocks: int
@@ -115,7 +115,9 @@ class Committed:
 
 def nothing(blocks: int) -> Slots:
     """No slot, for each of n blocks (int32[n] of -1)."""
-    return np.full(blocks, -1, np.int32)
+    slots = np.empty(blocks, np.int32)
+    slots.fill(-1)
+    return slots
 
 
 def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
@@ -123,3 +125,8 @@ def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
     if len(positions) == len(hashes) // HASH_BYTES:
         return hashes
     return np.frombuffer(hashes, "V32")[positions].tobytes()
+
+
+def leading(good: NDArray[np.bool_]) -> int:
+    """How many leading elements are true."""
+    return len(good) if good.all() else int(good.argmin())

@@ -152,7 +152,7 @@ class Pool:
             self.segments[ordinal].holders[rows_of(local)] &= ~np.uint64(1 << bit)
 
     def close_segment(self, ordinal: int) -> None:
-        """Stop using a segment for new blocks: what is being filled retires; its blocks must be retired by the caller."""
+        """Use a segment for new blocks no more: what is being filled retires; the caller must retire its blocks."""
         self.closing.add(ordinal)
         first = ordinal * self.slots_per_segment
         state = self.state[first : first + self.slots_per_segment]
@@ -224,11 +224,15 @@ class Pool:
         self._free += len(slots)
 
 
+SMALL = 64
+"""For fewer slots than this, looking for a slice costs more than it saves."""
+
+
 def rows_of(slots: Slots) -> NDArray[np.int64] | slice:
     """The fastest index for these slots: a slice where they are neighbours in rising order, as they are in a young
     pool.
     """
-    if len(slots) > 1 and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and (slots[1:] - slots[:-1] == 1).all():
+    if len(slots) > SMALL and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and (slots[1:] - slots[:-1] == 1).all():
         return slice(int(slots[0]), int(slots[-1]) + 1)
     return slots.astype(np.int64)
 

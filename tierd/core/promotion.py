@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
 from tierd.core.index import Index
-from tierd.core.plan import LOWER, UPPER, Lease, Slots, Transfer, pick
+from tierd.core.plan import LOWER, UPPER, Lease, Slots, Transfer, leading, pick
 from tierd.core.pool import FILLING, READY, Pool
 from tierd.core.room import Room
 from tierd.core.transfers import Transfers
@@ -32,39 +32,40 @@ class Promotion:
         """Blocks that one lease may have on their way up."""
         return max(1, int(self._pools[UPPER].slots * self._window_share))
 
-    def start(self, lease: Lease, first: int, reason: str, now: int) -> list[int]:
-        """Bring the window of a lease from block `first` up, as far as there is room; returns the transfers to wait
-        for.
+    def start(self, lease: Lease, first: int, reason: str, now: int) -> None:
+        """Bring the window of a lease from block `first` up, as far as there is room.
 
-        A block that was lost below meanwhile ends the lease's blocks. A lease without an id is only planned for
-        (prefetch).
+        A block that was lost below meanwhile ends the lease's blocks. A lease without an id is only planned for (prefetch).
         """
-        missing = first + np.flatnonzero(lease.upper[first : min(first + self.window, lease.blocks)] < 0)
-        missing = missing[lease.lower[missing] >= 0]  # the others were released
+        end = min(first + self.window, lease.blocks)
+        missing = first + np.flatnonzero((self._above(lease, first, end) < 0) & (lease.lower[first:end] >= 0))
+        if not len(missing):  # as always where there is no lower tier
+            return
         lost = missing[self._pools[LOWER].state[lease.lower[missing]] != READY]
         if len(lost):
             lease.blocks = int(lost[0])
             missing = missing[missing < lost[0]]
-        if not len(missing):
-            return []
         readers = self._transfers.readers(LOWER, lease.lower[missing])
-        waits: list[int] = np.unique(readers[readers > 0]).tolist() + self._plan(
-            lease, missing[readers == 0], reason, now
-        )
-        for transfer in waits if lease.id else ():
+        coming = np.unique(readers[readers > 0]).tolist() + self._plan(lease, missing[readers == 0], reason, now)
+        for transfer in coming if lease.id else ():
             self._transfers.join(transfer, lease)
-        return waits
 
-    def catch_up(self, lease: Lease, first: int) -> None:
-        """Take over what has come up since the lease was made, in the window from block `first`."""
-        end = min(first + self.window, lease.blocks)
-        for at, piece in self._index.runs(lease.hashes[first * HASH_BYTES : end * HASH_BYTES]):
-            here = piece.node.slots[UPPER, piece.start : piece.start + piece.blocks]
-            start = first + at
-            waiting = (lease.upper[start : start + piece.blocks] < 0) & (lease.lower[start : start + piece.blocks] >= 0)
-            taken = np.flatnonzero((here >= 0) & waiting)
-            if len(taken):
-                self._hand_over(lease, start + taken, here[taken])
+    def catch_up(self, lease: Lease, first: int, end: int) -> None:
+        """Take over the leading blocks of [first, end) that have come up since the lease was made.
+
+        No more than these: what a lease does not hold can make room for what it waits for.
+        """
+        above = self._above(lease, first, end)
+        above = above[: leading(above >= 0)]
+        risen = np.flatnonzero(
+            (lease.upper[first : first + len(above)] < 0) & (lease.lower[first : first + len(above)] >= 0)
+        )
+        if len(risen):
+            self._hand_over(lease, first + risen, above[risen])
+
+    def coming(self, lease: Lease, block: int) -> int:
+        """The transfer that brings a block up that is only below; 0: none."""
+        return int(self._transfers.readers(LOWER, lease.lower[block : block + 1])[0])
 
     def finish(self, transfer: Transfer, good: NDArray[np.bool_]) -> None:
         """Blocks have come up (bool per block): into the tree, and to the leases that wait for them."""
@@ -119,6 +120,15 @@ class Promotion:
             sources = lease.lower[blocks[part]]
             ids.append(self._transfers.plan(reason, LOWER, sources, targets[part], hashes[run], parents[run]).id)
         return ids
+
+    def _above(self, lease: Lease, first: int, end: int) -> Slots:
+        """Where blocks [first, end) of a lease are in the upper tier, whether it holds them there or not."""
+        above: Slots = lease.upper[first:end].copy()
+        if len(above) and above.min() < 0:
+            for at, (node, start, blocks) in self._index.runs(lease.hashes[first * HASH_BYTES : end * HASH_BYTES]):
+                part = above[at : at + blocks]
+                np.copyto(part, node.slots[UPPER, start : start + blocks], where=part < 0)
+        return above
 
     def _hand_over(self, lease: Lease, blocks: NDArray[np.intp], slots: Slots) -> None:
         """Let a lease hold upper slots instead of lower ones."""

@@ -1,8 +1,7 @@
 """Rebuilding a namespace's tree from what the directories say.
 
 Input is one row per good slot, per tier. A block is kept when its chain back to the root survives in some tier; of
-several copies in one tier the highest generation stays. The work per block is array operations and one list step; a
-million blocks take about two seconds.
+several copies in one tier the highest generation stays. The work per block is array operations and two list steps.
 """
 
 from __future__ import annotations
@@ -14,8 +13,11 @@ from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
 from tierd.core.cache import Cache
-from tierd.core.index import Node
+from tierd.core.index import Index, Node
 from tierd.core.pool import READY
+
+FOREVER = (1 << 62) - 1
+_NOT_HERE, _ROOT = -2, -1
 
 
 @dataclass
@@ -32,20 +34,23 @@ class Rows:
 
 @dataclass
 class Recovered:
-    """How many copies were kept, and how many freed because another one had a higher generation or their chain is
-    broken.
-    """
+    """How many copies were kept, and how many freed: duplicates of a higher generation, orphans of a broken chain."""
 
     kept: int = 0
     duplicates: int = 0
     orphans: int = 0
 
 
-def recover(cache: Cache, tiers: list[Rows]) -> Recovered:
-    """Fill an empty cache whose pools have their segments (all free) from the rows of its tiers."""
-    assert not cache.index.blocks, "recovery fills an empty cache"
-    blocks = _Blocks(tiers)
-    reached = _grow(cache, blocks)
+def recover(cache: Cache, tiers: list[Rows], now: int = FOREVER) -> Recovered:
+    """Fill an empty cache whose pools have their segments (all free) from the rows of its tiers.
+
+    What is only in the upper tier is queued for write-back again. Slots that are not kept are freed in the directories;
+    those that carry holder bits must be restored to their sessions before anything else is asked of the cache. No use is
+    later than `now` (ms): recency is outside the rows' crc.
+    """
+    assert not cache.index.blocks and len(tiers) == len(cache.pools), "recovery fills an empty cache"
+    blocks = _Blocks(tiers, now)
+    reached = _grow(cache.index, blocks)
     result = Recovered()
     for tier, rows in enumerate(tiers):
         pool = cache.pools[tier]
@@ -59,83 +64,83 @@ def recover(cache: Cache, tiers: list[Rows]) -> Recovered:
         result.kept += len(chosen)
         result.duplicates += twice
         result.orphans += len(lost) - twice
+    cache.write_back.push_all()
     return result
 
 
 class _Blocks:
-    """The distinct blocks of all tiers: arrays by block number, and the shape of their tree."""
+    """The distinct blocks of all tiers: arrays by block number, and the shape of their tree.
 
-    def __init__(self, tiers: list[Rows]) -> None:
-        hashes = np.frombuffer(b"".join(rows.hashes for rows in tiers), np.uint64).reshape(-1, 4)
-        parents = np.frombuffer(b"".join(rows.parents for rows in tiers), np.uint64).reshape(-1, 4)
-        generations = np.concatenate([rows.generations for rows in tiers])
-        order = np.lexsort((generations, *hashes.T))
-        same = np.zeros(len(order), bool)
-        same[1:] = (hashes[order][1:] == hashes[order][:-1]).all(1)
-        number = np.empty(len(order), np.int64)
-        number[order] = np.cumsum(~same) - 1  # row -> block
-        first = order[~same]
-        self.count = len(first)
+    `slots` is int32[tiers, n]; `parent` the number of the parent or a constant; `children` are the numbers
+    `order[start[block + 1]:start[block + 2]]`, the root being block -1.
+    """
+
+    def __init__(self, tiers: list[Rows], now: int) -> None:
+        hashes = np.frombuffer(b"".join(rows.hashes for rows in tiers), np.uint64).reshape(-1, HASH_BYTES // 8)
+        parents = np.frombuffer(b"".join(rows.parents for rows in tiers), np.uint64).reshape(-1, HASH_BYTES // 8)
+        order, number = _ranked(hashes)
+        self.count = int(number.max(initial=-1)) + 1
+        first = np.empty(self.count, np.int64)
+        first[number[order]] = order
         self.hashes = hashes[first]
         self.slots = np.full((len(tiers), self.count), -1, np.int32)
         self.last_use = np.zeros(self.count, np.int64)
         self.uses = np.zeros(self.count, np.int64)
         at = 0
         for tier, rows in enumerate(tiers):
-            mine = number[at : at + len(rows.slots)]
             rising = np.argsort(rows.generations, kind="stable")  # the last write wins: the highest generation
+            mine = number[at : at + len(rows.slots)]
             self.slots[tier, mine[rising]] = rows.slots[rising]
-            np.maximum.at(self.last_use, mine, rows.last_use.astype(np.int64))
+            np.maximum.at(self.last_use, mine, np.minimum(rows.last_use, np.uint64(now)).astype(np.int64))
             np.maximum.at(self.uses, mine, rows.uses.astype(np.int64))
             at += len(rows.slots)
         self.parent = self._find(parents[first])
-        self.children = self._children()
+        self.order = np.argsort(self.parent, kind="stable")
+        self.start = np.searchsorted(self.parent[self.order], np.arange(_ROOT, self.count + 1))
 
     def _find(self, wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Block number of each hash: -1 the root, -2 not here."""
-        order = np.argsort(self.hashes[:, 0], kind="stable")
-        at = np.searchsorted(self.hashes[order, 0], wanted[:, 0]) if self.count else np.zeros(0, np.int64)
-        found = np.full(len(wanted), -2, np.int64)
-        for step in range(4):  # equal first words are all but impossible; a few steps cover them
-            spot = order[np.minimum(at + step, self.count - 1)] if self.count else at
-            match = (self.hashes[spot] == wanted).all(1)
-            found[match] = spot[match]
-        found[(wanted == 0).all(1)] = -1
+        """Block number of each hash, or a constant: the root, not here."""
+        _, number = _ranked(np.concatenate((self.hashes, wanted)))
+        block_of = np.full(int(number.max(initial=-1)) + 1, _NOT_HERE)
+        block_of[number[: self.count]] = np.arange(self.count)
+        found = block_of[number[self.count :]]
+        found[(wanted == 0).all(1)] = _ROOT
         return found
 
-    def _children(self) -> dict[int, list[int]]:
-        order = np.argsort(self.parent, kind="stable")
-        parents = self.parent[order]
-        cuts = np.flatnonzero(np.diff(parents, prepend=-3))
-        groups = np.split(order, cuts[1:]) if len(cuts) else []
-        return {int(self.parent[group[0]]): group.tolist() for group in groups}
+
+def _ranked(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """An order that brings equal hashes (uint64[n, 4]) together, and a number for each that equal ones share."""
+    order = np.lexsort(hashes.T)
+    ranked = hashes[order]
+    new = np.ones(len(order), np.bool_)
+    new[1:] = (ranked[1:] != ranked[:-1]).any(1)
+    number = np.empty(len(order), np.int64)
+    number[order] = np.cumsum(new) - 1
+    return order, number
 
 
-def _grow(cache: Cache, blocks: _Blocks) -> NDArray[np.int64]:
-    """Hang every reachable block into the tree, run by run; returns the numbers of those blocks."""
-    index, children = cache.index, blocks.children
-    last_use, uses = blocks.last_use.tolist(), blocks.uses.tolist()
+def _grow(index: Index, blocks: _Blocks) -> NDArray[np.int64]:
+    """Hang every reachable block into the tree, run by run; returns the numbers of those blocks.
+
+    A block may not be hotter than its parent: the tree's order of eviction starts with the tails.
+    """
+    order, start, last_use, uses = (a.tolist() for a in (blocks.order, blocks.start, blocks.last_use, blocks.uses))
     reached: list[int] = []
-    depth: dict[Node, int] = {}
-    stack: list[tuple[Node, int]] = [(index.root, block) for block in children.get(-1, [])]
+    nodes: list[Node] = []
+    stack = [(index.root, block) for block in order[start[0] : start[1]]]
     while stack:
         above, block = stack.pop()
+        used = min(last_use[block], above.last_use) if above is not index.root else last_use[block]
         run = [block]
-        below = children.get(block, [])
-        while len(below) == 1 and last_use[below[0]] == last_use[block]:
+        below = order[start[block + 1] : start[block + 2]]
+        while len(below) == 1 and last_use[below[0]] >= used:
             block = below[0]
             run.append(block)
-            below = children.get(block, [])
-        used = min(last_use[block], above.last_use) if above.parent is not None else last_use[block]
-        hashes = blocks.hashes[run].tobytes()
-        node = index.extend(above, hashes, blocks.slots[:, run], used)
-        if node is not above:
-            node.uses = uses[run[0]]
-        depth[node] = depth.get(above, 0) + len(hashes) // HASH_BYTES
+            below = order[start[block + 1] : start[block + 2]]
+        node = index.attach(above, blocks.hashes[run].tobytes(), blocks.slots[:, run], used, uses[run[0]])
+        nodes.append(node)
         reached += run
         stack.extend((node, child) for child in below)
-    for node in sorted(depth, key=lambda node: (node.last_use, -depth[node])):
-        for order in index.orders:
-            if node in order:
-                order.touch(node)
+    nodes.reverse()  # descendants before their ancestors, also where they were used at the same time
+    index.arrange(sorted(nodes, key=lambda node: node.last_use))
     return np.array(reached, np.int64)

@@ -45,7 +45,7 @@ class Session:
             grown[: len(self.told)] = self.told
             self.told = grown
         rows = rows_of(slots)
-        counts = self.told[rows]
+        counts = self.told[rows].copy()
         self.told[rows] = counts + 1
         fresh = slots[counts == 0] if counts.any() else slots
         self._pools[UPPER].hold(fresh, self.bit)

@@ -36,6 +36,7 @@ class Table:
         self.spilled: dict[int, list[int]] = {}
         """Keys both of whose buckets were full, with their owners."""
         self._keys = np.random.default_rng(seed).integers(1 << 64, size=8, dtype=np.uint64)
+        self._key_words: list[int] = self._keys.tolist()
         self._allocate(BUCKETS_MIN)
 
     @property
@@ -50,8 +51,9 @@ class Table:
 
     def candidates(self, block: bytes) -> list[int]:
         """Owners that may hold one block hash; usually one, sometimes none, rarely more."""
-        fragment = (sum(map(mul, _WORDS.unpack(block), self._keys.tolist())) & _WORD) >> 32
-        first, second = ((fragment * factor & _WORD) >> self._shift for factor in (_FIRST, _SECOND))
+        fragment = (sum(map(mul, _WORDS.unpack(block), self._key_words)) & _WORD) >> 32
+        shift = int(self._shift)
+        first, second = (fragment * int(_FIRST) & _WORD) >> shift, (fragment * int(_SECOND) & _WORD) >> shift
         found = []
         for bucket in (first, second) if first != second else (first,):
             cells = self._cells[bucket * CELLS : (bucket + 1) * CELLS].tolist()
@@ -60,10 +62,9 @@ class Table:
 
     def contains(self, fragments: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which keys (uint32[n]) are in the table, whoever owns them."""
-        wanted, halves = fragments.astype(np.uint64), self._cells.view(np.uint32)[::2].reshape(-1, CELLS)
-        found = np.zeros(len(fragments), np.bool_)
-        for factor in (_FIRST, _SECOND):
-            found |= (halves[self._bucket(wanted, factor)] == fragments[:, None]).any(1)
+        keys, halves = fragments.astype(np.uint64), self._cells.view(np.uint32)[::2].reshape(-1, CELLS)
+        rows = halves[np.concatenate((self._bucket(keys, _FIRST), self._bucket(keys, _SECOND)))]
+        found: NDArray[np.bool_] = (rows.reshape(2, -1, CELLS) == fragments[:, None]).any((0, 2))
         for key in self.spilled:
             found |= fragments == key
         return found
@@ -93,18 +94,19 @@ class Table:
         assert held == self.size, f"the table holds {held} keys and counts {self.size}"
 
     def _allocate(self, buckets: int) -> None:
-        self._shift = 64 - (buckets.bit_length() - 1)
+        self._shift = np.uint64(64 - (buckets.bit_length() - 1))
         self._cells = np.zeros(buckets * CELLS, np.uint64)
         self._free = np.full(buckets, 0xFF, np.uint8)
         self._winner = np.zeros(buckets, np.int32)
 
-    def _bucket(self, cells: NDArray[np.uint64], factor: int) -> NDArray[np.int64]:
-        return (((cells & np.uint64(_LOW)) * np.uint64(factor)) >> np.uint64(self._shift)).view(np.int64)
+    def _bucket(self, keys: NDArray[np.uint64], factor: np.uint64) -> NDArray[np.int64]:
+        return ((keys * factor) >> self._shift).view(np.int64)
 
     def _place(self, cells: NDArray[np.uint64]) -> None:
         """Each round places one key per bucket; keys that lost their bucket try again in the next round."""
         while len(cells):
-            bucket, other = self._bucket(cells, _FIRST), self._bucket(cells, _SECOND)
+            keys = cells & _KEY
+            bucket, other = self._bucket(keys, _FIRST), self._bucket(keys, _SECOND)
             free, free_other = self._free[bucket], self._free[other]
             better = _ONES[free_other] > _ONES[free]
             bucket, free = np.where(better, other, bucket), np.where(better, free_other, free)
@@ -135,7 +137,7 @@ class Table:
             order = np.arange(len(cells), dtype=np.uint64)
             self._cells[spots] = order
             wins = self._cells[spots] == order
-            self._cells[spots] = 0 if owner is None else (cells & np.uint64(_LOW)) | np.uint64(owner << 32)
+            self._cells[spots] = 0 if owner is None else (cells & _KEY) | np.uint64(owner << 32)
             if wins.all():
                 return np.concatenate((*places, spots))
             places.append(spots[wins])
@@ -145,13 +147,13 @@ class Table:
     def _locate(self, cells: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(place of each cell that is found, found per cell)."""
         rows = self._cells.reshape(-1, CELLS)
-        bucket = self._bucket(cells, _FIRST)
+        bucket = self._bucket(cells & _KEY, _FIRST)
         match = rows[bucket] == cells[:, None]
         cell = match.argmax(1)
         found = match[np.arange(len(cells)), cell]
         rest = np.flatnonzero(~found)
         if len(rest):
-            bucket[rest] = self._bucket(cells[rest], _SECOND)
+            bucket[rest] = self._bucket(cells[rest] & _KEY, _SECOND)
             match = rows[bucket[rest]] == cells[rest, None]
             cell[rest] = match.argmax(1)
             found[rest] = match[np.arange(len(rest)), cell[rest]]
@@ -175,8 +177,8 @@ class Table:
             self._place(_cells(np.full(len(owners), fragment, np.uint32), np.array(owners, np.int32)))
 
 
-_WORD, _LOW, _HALF = (1 << 64) - 1, (1 << 32) - 1, np.uint64(32)
-_FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_WORD, _LOW, _HALF, _KEY = (1 << 64) - 1, (1 << 32) - 1, np.uint64(32), np.uint64((1 << 32) - 1)
+_FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _WORDS = Struct("<8I")
 _BIT = (1 << np.arange(CELLS)).astype(np.uint8)
 _ONES = np.array([mask.bit_count() for mask in range(256)], np.uint8)

@@ -1,4 +1,4 @@
-"""Transfers that were decided and have not ended: each uses its source slots, and owns its target slots, until its end."""
+"""Transfers that were decided and have not ended: each uses its source slots and owns its target slots till then."""
 
 from __future__ import annotations
 

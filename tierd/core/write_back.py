@@ -68,7 +68,7 @@ class WriteBack:
         return False
 
     def finish(self, transfer: Transfer, good: NDArray[np.bool_], now: int) -> None:
-        """Blocks have been written (bool per block): into the tree, up to the first that failed or has lost its parent."""
+        """Blocks have been written (bool per block): into the tree, up to the first that failed or lost its parent."""
         pool, target = self._pools[LOWER], transfer.target_slots
         entered = np.zeros(len(good), np.bool_)
         good = good & (pool.state[target] == FILLING)
@@ -87,7 +87,7 @@ class WriteBack:
         pool.give(target[~entered])
 
     def _plan(self, parent: bytes, hashes: bytes, blocks_max: int) -> bool:
-        """Plan the first part of a run that is neither below nor on its way there; what is left goes back to the queue."""
+        """Plan the first part of a run that is neither below nor on its way there; the rest goes back to the queue."""
         pieces = self._index.match(hashes, parent)
         if not pieces:
             return False
@@ -132,7 +132,7 @@ class WriteBack:
         return path[::-1]
 
     def _places(self, transfer: Transfer) -> list[Piece]:
-        """Where the blocks of a transfer are in the tree; nowhere when the parent of the first is not below any more."""
+        """Where the blocks of a transfer are in the tree; nowhere when the first one's parent is not below any more."""
         parent = transfer.parents[:HASH_BYTES]
         entry = self._index.find(parent) if parent != ROOT else None
         if parent != ROOT and (entry is None or entry[0].slots[LOWER, entry[1]] < 0):

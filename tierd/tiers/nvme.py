@@ -202,11 +202,14 @@ class FileSegment:
         self._recency_dirty[np.asarray(slots, dtype=np.int64)] = True
 
     def flush_recency(self) -> None:
-        """Write what `touch` noted since the last time."""
+        """Write what `touch` noted since the last time; nothing any more once the segment is closed."""
         dirty = np.flatnonzero(self._recency_dirty)
+        if not len(dirty):
+            return
         self._recency_dirty[dirty] = False
         with self._lock:
-            self._put(self.header.geometry.recency_offset, RECENCY_BYTES, dirty)
+            if self._descriptor >= 0:
+                self._put(self.header.geometry.recency_offset, RECENCY_BYTES, dirty)
 
     def scan(self) -> Scan:
         """What the directory holds; see `Directory.scan`."""
@@ -217,7 +220,9 @@ class FileSegment:
         """Write what is still to be written and close; nobody may be using the segment."""
         self.flush_recency()
         self._payloads.close()
-        os.close(self._descriptor)
+        with self._lock:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def unlink(self) -> None:
         """Close and remove the file: its blocks are gone, its bytes the file system's."""

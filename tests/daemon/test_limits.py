@@ -1,0 +1,149 @@
+"""Everything has a limit, and whoever reaches one is told so and what to do; nobody else notices."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+
+import pytest
+
+from tests.daemon.conftest import Start
+from tests.daemon.harness import SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
+from tierd.errors import Busy, Invalid
+
+NOBODY = 65534
+
+
+def as_nobody(work: Callable[[], None]) -> None:
+    """Run assertions as another user, in a forked child."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(NOBODY)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_sixty_fifth_session_of_a_namespace_is_busy(daemon: Daemon) -> None:
+    """There are 64 holder bits; another namespace has its own, and a bit that comes free is given again."""
+    wires = [daemon.peer() for _ in range(64)]
+    with Wire(daemon.socket) as late:
+        with pytest.raises(Busy, match=r"64 sessions.*(close|share)"):
+            late.hello()
+        with daemon.peer(model="other") as other:
+            assert other.store(hashes_of(1, 3)) == 3
+        wires.pop().end()
+        late.hello()
+        assert late.store(hashes_of(1, 3)) == 3
+        assert wires[0].load(hashes_of(1, 3)) == 3
+    for wire in wires:
+        wire.end()
+    assert daemon.status()["sessions"] == 0
+
+
+def test_a_session_with_too_many_leases_is_busy(start: Start) -> None:
+    """The message has the number, and one release later it goes on; other sessions never noticed."""
+    daemon = start(limits_leases_per_session_max=5)
+    hashes = hashes_of(1, 8)
+    with daemon.peer() as greedy, daemon.peer() as other:
+        greedy.store(hashes)
+        leases = [greedy.lookup(hashes)["lease"] for _ in range(5)]
+        for verb in ("lookup", "store"):
+            with pytest.raises(Busy, match=r"maximum of 5 leases: release some"):
+                greedy.ask(verb, hashes=hashes_of(2, 2))
+        assert other.load(hashes) == 8
+        greedy.ask("release", lease=leases[0])
+        assert greedy.lookup(hashes)["lease"]
+
+
+def test_too_many_connections_are_refused_and_the_others_stay(start: Start) -> None:
+    """Two connections a session; the next one gets an error frame that names the setting."""
+    daemon = start(limits_sessions_max=2)
+    first = daemon.peer()
+    others = [Wire(daemon.socket) for _ in range(3)]
+    with Wire(daemon.socket) as late:
+        message = late.receive()
+        assert (message["id"], message["error"]) == (0, "busy")
+        assert "limits.sessions_max" in message["message"]
+    for wire in others:
+        wire.close()
+    assert first.store(hashes_of(1, 3)) == 3
+    first.end()
+
+
+def test_too_many_namespaces_are_busy(start: Start) -> None:
+    """The limit is named; namespaces that are known go on."""
+    daemon = start(limits_namespaces_max=2)
+    with daemon.peer(model="a") as first, daemon.peer(model="b"), Wire(daemon.socket) as third:
+        with pytest.raises(Busy, match="maximum of 2 namespaces"):
+            third.hello(model="c")
+        third.hello(model="b")
+        assert first.store(hashes_of(1, 3)) == 3
+
+
+def test_a_namespace_that_has_lost_all_makes_room_for_another(start: Start) -> None:
+    """One without clients and blocks is forgotten when the limit asks for it; what it counted is not."""
+    daemon = start(limits_namespaces_max=2, cpu_bytes=SEGMENT_BYTES, nvme_bytes=0)
+    with daemon.peer(model="a") as first:
+        first.lookup(hashes_of(1, 7))
+    with daemon.peer(model="b") as second:
+        assert second.store(hashes_of(2, 5)) == 5
+        with daemon.peer(model="c"):
+            assert {space["model"] for space in daemon.status()["namespaces"]} == {"b", "c"}
+            assert daemon.status()["lookup_blocks"]["miss"] == 7
+            with Wire(daemon.socket) as late, pytest.raises(Busy, match="maximum of 2 namespaces: raise"):
+                late.hello(model="a")
+        assert second.load(hashes_of(2, 5)) == 5
+
+
+def test_a_connection_that_says_nothing_is_closed(start: Start) -> None:
+    """Without hello within the limit it gets a reason and its end."""
+    daemon = start(limits_wait_seconds_max=0.2)
+    with Wire(daemon.socket) as silent:
+        message = silent.receive()
+        assert (message["error"], message["message"]) == ("busy", "no hello within 0.2 s")
+        with pytest.raises(EOFError):
+            silent.receive()
+
+
+def test_a_wait_ends_at_its_deadline(daemon: Daemon) -> None:
+    """A store that finds all memory mapped by another namespace is busy when its time is over, not later."""
+    with daemon.peer(model="a") as first:
+        assert (first.place(hashes_of(1, 4 * SLOTS))[1] >= 0).all()
+        second = daemon.peer(model="b")
+        with pytest.raises(Busy, match=r"no answer within 0\.05 s|in use by other namespaces"):
+            second.ask("store", hashes=hashes_of(2, 1), deadline_ms=50)
+        assert second.ask("stats")["blocks"] == 0
+        second.end()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
+def test_a_domain_is_open_only_to_whom_the_configuration_says(start: Start) -> None:
+    """Another user has a domain of his own; a domain that is not his is refused with both names."""
+    daemon = start(server_socket_mode="0666", server_domains=f"{NOBODY}=team-a")
+    daemon.folder.chmod(0o755)
+    daemon.folder.parent.chmod(0o755)
+
+    def work() -> None:
+        for domain in ("uid:0", "team-b", f"uid:{NOBODY}"):
+            with Wire(daemon.socket) as wire, pytest.raises(Invalid) as refused:
+                wire.hello(domain=domain)
+            assert f"domain {domain!r} is not open to uid {NOBODY}, whose domain is 'team-a'" in str(refused.value)
+        with Wire(daemon.socket) as wire:
+            wire.hello(domain="team-a")
+            assert wire.store(hashes_of(1, 3)) == 3
+        with Wire(daemon.socket) as wire:
+            wire.hello()
+            assert wire.load(hashes_of(1, 3)) == 3
+        with pytest.raises(PermissionError):
+            Wire(daemon.admin)
+
+    as_nobody(work)
+    (space,) = daemon.status()["namespaces"]
+    assert (space["domain"], space["blocks"]) == ("team-a", 3)

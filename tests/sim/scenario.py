@@ -1,0 +1,184 @@
+"""One seeded life of a small cache under pressure: clients with prompts that share prefixes, slow ones and killed ones, transfers that
+end in any order and fail, segments that change hands, and daemons that die."""
+
+from __future__ import annotations
+
+import random
+
+from tests.sim.world import Client, World, chain
+from tierd.block import ROOT
+from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Wait
+
+CLIENTS_MAX = 5
+DEEP_SHARE = 0.1
+"""After which share of the steps the cache checks all of itself, which takes longer than the step."""
+PROMPT_BLOCKS_MAX = 40
+
+
+class Scenario:
+    """A world and the dice. `mild` plays without faults of the medium, so that nothing leased is ever lost."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)
+        self.mild = self.dice.random() < 0.3
+        share = self.dice.choice((0.1, 0.25, 0.5, 1.0))
+        slots = self.dice.choice((4, 8, 16))
+        self.world = World(self.dice.randint(1, 4), self.dice.randint(1, 8), slots, share)
+        self.prompts: list[tuple[int, ...]] = []
+        self.steps = {
+            self._open: 2, self._kill: 1, self._lookup: 12, self._load: 14, self._release: 10, self._store: 14,
+            self._commit: 12, self._abort: 2, self._write: 4, self._prefetch: 3, self._write_back: 14, self._finish: 25,
+            self._vacate: 0 if self.mild else 1, self._collect: 2, self._grow: 1, self._restart: 1, self._resume: 6,
+        }  # fmt: skip
+
+    def run(self, steps: int) -> None:
+        """Play, check after every step, and see at the end that everything comes to rest."""
+        names, weights = list(self.steps), list(self.steps.values())
+        for step in self.dice.choices(names, weights, k=steps):
+            self.world.now += self.dice.choice((0, 0, 1, 5, -3))
+            step()
+            self.world.check(deep=self.dice.random() < DEEP_SHARE)
+        self.finish()
+
+    def finish(self) -> None:
+        """All clients go, all transfers end: every slot is then free, in the index, or not trusted."""
+        for client in list(self.world.clients.values()):
+            self.world.kill(client)
+        self.world.run_all()
+        self.world.collect()
+        self.world.check()
+        for pool in self.world.cache.pools:
+            counts = pool.counts()
+            assert not counts["filling"] and not counts["retired"], f"slots are still waited for: {counts}"
+            assert not pool.users.any(), "somebody still uses slots"
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def _client(self) -> Client | None:
+        there = [client for client in self.world.clients.values() if client.attached]
+        return self.dice.choice(there) if there else None
+
+    def _chain(self) -> tuple[list[bytes], bytes]:
+        """A prompt that continues or repeats an earlier one, as a chain from its root or from the middle; and its parent."""
+        prompt = self.dice.choice(self.prompts) if self.prompts and self.dice.random() < 0.9 else ()
+        prompt = prompt[: self.dice.randint(0, len(prompt))] if self.dice.random() < 0.5 else prompt
+        if len(prompt) < PROMPT_BLOCKS_MAX and self.dice.random() < 0.5:
+            more = self.dice.randint(1, PROMPT_BLOCKS_MAX - len(prompt))
+            prompt += tuple(self.dice.choice((0, 1, 2)) for _ in range(more))
+        prompt = prompt or (self.dice.randint(0, 3),)
+        self.prompts = [*self.prompts[-30:], prompt]
+        hashes = chain(prompt)
+        skip = self.dice.randrange(len(hashes)) if self.dice.random() < 0.2 else 0
+        return hashes[skip:], hashes[skip - 1] if skip else ROOT
+
+    def _open(self) -> None:
+        if len(self.world.clients) < CLIENTS_MAX:
+            self.world.open()
+
+    def _kill(self) -> None:
+        if self.world.clients:
+            self.world.kill(self.dice.choice(list(self.world.clients.values())))
+
+    def _lookup(self) -> None:
+        if client := self._client():
+            self.world.lookup(client, *self._chain())
+
+    def _load(self) -> None:
+        if (client := self._client()) and (leases := client.leases(writing=False)):
+            claim = client.claims[lease := self.dice.choice(leases)]
+            if claim.hashes and -lease not in client.claims:  # what was resumed is all told
+                first = self.dice.randrange(len(claim.hashes))
+                first = (
+                    first if first in claim.places or self.dice.random() < 0.5 else max(claim.places, default=-1) + 1
+                )
+                self._try_load(client, lease, first)
+
+    def _try_load(self, client: Client, lease: int, first: int) -> None:
+        claim = client.claims[lease]
+        held = self.world.cache.sessions[client.id].leases[lease]
+        count = self.dice.randint(1, 16)
+        released = (held.upper < 0) & (held.lower < 0)
+        if first < held.blocks and not released[first : first + count].any():
+            answer = self.world.load(client, lease, first, count)
+            if isinstance(answer, Wait) and self.dice.random() < 0.5 and not (first in claim.places):
+                for transfer in [t for t in self.world.running if t.id in answer.transfers]:
+                    self.world.finish(transfer)
+                self.world.load(client, lease, first, count)
+
+    def _release(self) -> None:
+        if (client := self._client()) and (leases := client.leases(writing=False)):
+            claim = client.claims[lease := self.dice.choice(leases)]
+            if self.dice.random() < 0.6 or -lease in client.claims:  # what was resumed is released as a whole
+                self.world.release(client, lease)
+            else:
+                first = self.dice.randrange(len(claim.hashes))
+                self.world.release(client, lease, first, self.dice.randint(1, 16))
+
+    def _store(self) -> None:
+        if client := self._client():
+            self.world.store(client, *self._chain())
+
+    def _commit(self) -> None:
+        if (client := self._client()) and (leases := client.leases(writing=True)):
+            count = None if self.dice.random() < 0.7 else self.dice.randint(0, 10)
+            self.world.commit(client, self.dice.choice(leases), count)
+
+    def _abort(self) -> None:
+        if (client := self._client()) and (leases := client.leases(writing=True)):
+            self.world.abort(client, self.dice.choice(leases))
+
+    def _write(self) -> None:
+        for client in self.world.clients.values():
+            client.write()
+
+    def _resume(self) -> None:
+        away = [client for client in self.world.clients.values() if not client.attached]
+        if away or self.dice.random() < 0.1:
+            client = self.dice.choice(away) if away else self._client()
+            if client:
+                share = self.dice.choice((0.0, 0.5, 1.0))
+                self.world.resume(client, (self.dice.random() < share for _ in iter(int, 1)))
+
+    # -- the daemon ---------------------------------------------------------------------------------------------------
+
+    def _prefetch(self) -> None:
+        self.world.prefetch(*self._chain())
+
+    def _write_back(self) -> None:
+        self.world.plan_write_back(self.dice.randint(1, 12))
+
+    def _finish(self) -> None:
+        if self.world.running:
+            transfer = self.dice.choice(self.world.running)
+            outcome = [OK] * len(transfer)
+            if not self.mild and self.dice.random() < 0.1:
+                codes = (OK, IO_ERROR, MISMATCH) if transfer.target == "cpu" else (OK, IO_ERROR)
+                outcome = [self.dice.choice(codes) for _ in outcome]
+            self.world.finish(transfer, outcome)
+
+    def _vacate(self) -> None:
+        tier = self.dice.choice((UPPER, LOWER))
+        open_ones = self.world.segments[tier].keys() - self.world.cache.pools[tier].closing
+        if len(open_ones) > 1:
+            self.world.vacate(tier, self.dice.choice(sorted(open_ones)))
+
+    def _collect(self) -> None:
+        self.world.collect()
+
+    def _grow(self) -> None:
+        tier = self.dice.choice((UPPER, LOWER))
+        if len(self.world.segments[tier]) < 5:
+            self.world.add_segment(tier)
+
+    def _restart(self) -> None:
+        if self.dice.random() < 0.3:
+            self.world.restart((self.dice.random() < 0.5 for _ in iter(int, 1)), self.dice.random() < 0.8)
+
+
+def play(seed: int, steps: int = 300) -> None:
+    """Run one seed; the error that it raises names it."""
+    try:
+        Scenario(seed).run(steps)
+    except Exception as error:
+        error.add_note(f"python -m tests.sim --seed {seed} --steps {steps}")
+        raise

@@ -1,0 +1,509 @@
+"""A cache with everything around it, in one process: directories, content of slots, clients that copy late, transfers under way,
+and a naive model that says what every answer must be.
+
+The content of a slot is the hash that was written there last. Whoever gets a slot to fill soils it at once, a transfer copies what
+is in its source when it ends, and clients look at what they hold after every step: a slot that is reused under somebody shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache as memoized
+from itertools import repeat
+
+import numpy as np
+
+from tests.sim.directories import SOILED, Segment, rows_of
+from tierd.block import HASH_BYTES, ROOT, block_hash, split
+from tierd.core.cache import Cache
+from tierd.core.plan import (
+    LOWER,
+    MISMATCH,
+    NO_ROOM,
+    OK,
+    PENDING,
+    STORED,
+    TIERS,
+    UPPER,
+    Committed,
+    Found,
+    Transfer,
+    Wait,
+)
+from tierd.core.pool import FILLING, READY, STATES, Pool
+from tierd.core.recovery import recover
+from tierd.errors import Busy, Gone
+
+Place = tuple[Segment, int]
+"""A slot as clients know it: it outlives the numbers of one life of the daemon."""
+
+
+@memoized
+def _hash(parent: bytes, token: int) -> bytes:
+    return block_hash(parent, [token])
+
+
+def chain(tokens: Iterable[int], parent: bytes = ROOT) -> list[bytes]:
+    """The hashes of a chain of blocks, each named by one number."""
+    run = []
+    for token in tokens:
+        parent = _hash(parent, token)
+        run.append(parent)
+    return run
+
+
+@dataclass(eq=False)
+class Claim:
+    """What a client believes about one of its leases: the blocks, and the places that it was told, by position."""
+
+    hashes: list[bytes]
+    writing: bool
+    places: dict[int, Place] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Client:
+    """One engine process. It copies whenever it likes from and to the places of its claims (by lease)."""
+
+    id: int
+    bit: int
+    claims: dict[int, Claim] = field(default_factory=dict)
+    attached: bool = True
+
+    def leases(self, writing: bool) -> list[int]:
+        """Its leases of one kind."""
+        return [lease for lease, claim in self.claims.items() if claim.writing == writing and lease > 0]
+
+    def places(self, writing: bool) -> Iterator[tuple[Place, bytes]]:
+        """The places that it reads from or writes to, with the hash that belongs there."""
+        for claim in self.claims.values():
+            if claim.writing == writing:
+                yield from ((place, claim.hashes[at]) for at, place in claim.places.items())
+
+    def write(self) -> None:
+        """Copy into every place that it may write to."""
+        for (segment, at), block in self.places(writing=True):
+            segment.content[at] = block
+
+
+class World:
+    """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers."""
+
+    def __init__(self, upper: int = 3, lower: int = 5, slots: int = 8, window_share: float = 0.25) -> None:
+        self.slots, self.window_share, self.now = slots, window_share, 1_000_000
+        self.clients: dict[int, Client] = {}
+        self.where: dict[bytes, dict[int, int]] = {}
+        self.known: set[bytes] = set()
+        self.parents: dict[bytes, bytes] = {}
+        self.committed: set[bytes] = set()
+        self.running: list[Transfer] = []
+        self.gaps = False
+        """A fault, or a crash amid writing, may have left gaps in the lower tier."""
+        self.losses = False
+        """A fault or a vacated segment may have taken blocks that are leased."""
+        self._ids = iter(range(1, 1 << 40))
+        self._start([{}, {}])
+        for tier, count in ((UPPER, upper), (LOWER, lower)):
+            for _ in range(count):
+                self.add_segment(tier)
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def open(self) -> Client:
+        """A new client process."""
+        taken = {client.bit for client in self.clients.values()}
+        client = Client(next(self._ids), next(bit for bit in range(64) if bit not in taken))
+        self.clients[client.id] = client
+        self.cache.open_session(client.id, client.bit)
+        return client
+
+    def kill(self, client: Client) -> None:
+        """The client's process is gone."""
+        del self.clients[client.id]
+        self.cache.close_session(client.id)
+        self.settle()
+
+    def resume(self, client: Client, keep: Iterable[bool] = repeat(True)) -> int:
+        """The client comes back and says what it still holds: the places for which `keep` says so."""
+        kept = (Claim([], False), Claim([], True))
+        for claim, (writing, place, block), stays in zip(
+            repeat(kept), [(w, *entry) for w in (False, True) for entry in client.places(w)], keep, strict=False
+        ):
+            if stays:
+                claim[writing].places[len(claim[writing].hashes)] = place
+                claim[writing].hashes.append(block)
+        numbers = {place: number for number, place in self._numbered(UPPER)}
+        held = [numbers[place] for claim in kept for place in claim.places.values()]
+        lease = self.cache.resume(client.id, np.array(held, np.int32))
+        assert bool(lease) == bool(held)
+        client.claims = {lease: kept[False], -lease: kept[True]} if lease else {}
+        client.attached = True
+        self.settle()
+        return lease
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def lookup(self, client: Client, hashes: list[bytes], parent: bytes = ROOT) -> Found:
+        """Look a chain up, and compare every number of the answer with the model."""
+        expected = self._prefix(hashes, parent)
+        up = sum(UPPER in self.where[block] for block in hashes[:expected])
+        pending = {block for other in self.clients.values() for block in self._filled(other)}
+        waiting = next(
+            (at for at, block in enumerate(hashes[expected:]) if block not in pending), len(hashes) - expected
+        )
+        found = self.cache.lookup(client.id, b"".join(hashes), parent, self.now)
+        self.settle(evicts={UPPER})
+        assert sum(found.tiers.values()) == len(hashes), "the tiers do not sum to the blocks asked"
+        assert (found.tiers["cpu"], found.tiers["nvme"], found.tiers["pending"]) == (up, expected - up, waiting)
+        assert found.told <= found.blocks <= expected and found.told == len(found.slots)
+        assert bool(found.lease) == bool(found.blocks)
+        assert set(hashes[: found.blocks]) <= self.committed, "a lookup found what was not committed"
+        if found.blocks < expected:
+            assert found.blocks == found.told
+            self._assert_nothing_evictable(spared=hashes)
+        if found.lease:
+            client.claims[found.lease] = Claim(hashes[: found.blocks], False)
+            self._told(client.claims[found.lease], 0, found.slots.tolist())
+        return found
+
+    def load(self, client: Client, lease: int, first: int, count: int) -> int | Wait | None:
+        """Load blocks of a lease: how many were named, or a Wait, or None for Busy or Gone."""
+        claim = client.claims[lease]
+        try:
+            slots = self.cache.load(client.id, lease, first, count, self.now)
+        except Gone:
+            assert self.losses, "a leased block is lost without a fault"
+            return None
+        except Busy:
+            self._assert_nothing_evictable()
+            return None
+        finally:
+            self.settle(evicts={UPPER})
+        if isinstance(slots, Wait):
+            assert slots.transfers and set(slots.transfers) <= set(self.cache.transfers), "waiting for nothing"
+            return slots
+        assert 0 < len(slots) <= count
+        self._told(claim, first, slots.tolist())
+        return len(slots)
+
+    def release(self, client: Client, lease: int, first: int = 0, count: int | None = None) -> None:
+        """Release a reading lease, or a part of it."""
+        self.cache.release(client.id, lease, first, count)
+        if count is None:
+            del client.claims[lease]
+            client.claims.pop(-lease, None)
+        else:
+            for claim in (client.claims[lease], *filter(None, [client.claims.get(-lease)])):
+                claim.places = {at: place for at, place in claim.places.items() if not first <= at < first + count}
+        self.settle()
+
+    def prefetch(self, hashes: list[bytes], parent: bytes = ROOT) -> int:
+        """Prefetch a chain."""
+        expected = self._prefix(hashes, parent)
+        up = next((at for at, block in enumerate(hashes[:expected]) if UPPER not in self.where[block]), expected)
+        blocks = self.cache.prefetch(b"".join(hashes), parent, self.now)
+        assert up <= blocks <= expected
+        self.settle(evicts={UPPER})
+        return blocks
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def store(self, client: Client, hashes: list[bytes], parent: bytes = ROOT) -> int | None:
+        """Ask for slots: the lease, 0 when there is nothing to write, None when the parent is not known."""
+        known = parent == ROOT or parent in self.known
+        pending = {block for other in self.clients.values() for block in self._filled(other)}
+        try:
+            placed = self.cache.store(client.id, b"".join(hashes), parent, self.now)
+        except Gone:
+            assert not known, "store refused a parent that is known"
+            return None
+        assert known, "store took blocks without a parent"
+        self.parents.update(zip(hashes, [parent, *hashes[:-1]], strict=True))
+        claim, short = Claim(hashes, True), False
+        for at, (block, code) in enumerate(zip(hashes, placed.slots.tolist(), strict=True)):
+            if block in self.where:
+                assert code == STORED
+            elif block in pending:
+                assert code == PENDING
+            else:
+                assert code >= 0 and not short or code == NO_ROOM
+                short |= code == NO_ROOM
+                if code >= 0:
+                    claim.places[at] = self._place(UPPER, code)
+        self.settle(evicts={UPPER})
+        if short:
+            self._assert_nothing_evictable(spared=[*hashes, *self._ancestors(hashes[0])])
+        for place in claim.places.values():
+            self._take(place)
+        assert bool(placed.lease) == bool(claim.places)
+        if placed.lease:
+            client.claims[placed.lease] = claim
+        return placed.lease
+
+    def commit(self, client: Client, lease: int, count: int | None = None) -> Committed:
+        """Write and commit the first `count` blocks of a lease."""
+        client.write()
+        claim = client.claims.pop(lease)
+        filled = [(claim.hashes[at], self._number(UPPER, place)) for at, place in claim.places.items()]
+        count = len(filled) if count is None else min(count, len(filled))
+        alive = [(block, slot) for block, slot in filled[:count] if self.cache.upper.state[slot] == FILLING]
+        parent = self.parents[claim.hashes[0]]
+        if parent != ROOT and parent not in self.known:
+            alive = []
+        done = self.cache.commit(client.id, lease, count, self.now)
+        assert (done.committed, done.dropped) == (len(alive), count - len(alive))
+        self.committed.update(block for block, _ in alive)
+        self.settle(adds={(block, UPPER): slot for block, slot in alive})
+        assert all(block in self.where for block, _ in alive), "a committed block is not there"
+        return done
+
+    def abort(self, client: Client, lease: int) -> None:
+        """Give a store up."""
+        del client.claims[lease]
+        self.cache.abort(client.id, lease)
+        self.settle()
+
+    # -- moving -------------------------------------------------------------------------------------------------------
+
+    def plan_write_back(self, blocks_max: int) -> bool:
+        """Let the cache plan one write-back."""
+        planned = self.cache.plan_write_back(blocks_max)
+        assert planned == bool(self.cache.planned)
+        self.settle(evicts={LOWER})
+        return planned
+
+    def finish(self, transfer: Transfer, outcome: list[int] | None = None) -> None:
+        """End a transfer; `outcome` says for each block what became of it."""
+        outcome = [OK] * len(transfer) if outcome is None else outcome
+        self.running.remove(transfer)
+        down = transfer.target == TIERS[LOWER]
+        for at, code in enumerate(outcome):
+            self._arrive(transfer, at, code)
+        self.gaps |= outcome.count(OK) < len(outcome)
+        self.losses |= not down and outcome.count(OK) < len(outcome)
+        self.cache.finish(transfer, np.array(outcome, np.uint8), self.now)
+        bad = any(outcome) and not down
+        self.settle(evicts={LOWER} if bad else set())
+        if down and transfer.id not in self.cache.transfers:
+            self._assert_entered(transfer, outcome)
+
+    def run_all(self, blocks_max: int = 8) -> None:
+        """Move everything that is to be moved, without faults."""
+        while True:
+            while self.running:
+                self.finish(self.running[0])
+            if not self.plan_write_back(blocks_max):
+                return
+
+    def _arrive(self, transfer: Transfer, at: int, code: int) -> None:
+        source, target = (TIERS.index(name) for name in (transfer.source, transfer.target))
+        block = transfer.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
+        segment, index = self._place(source, int(transfer.source_slots[at]))
+        assert segment.content[index] == block, "the source of a transfer was reused"
+        to, there = self._place(target, int(transfer.target_slots[at]))
+        if code == OK:
+            to.content[there] = block
+            self._landed[block, target] = int(transfer.target_slots[at])
+        elif code == MISMATCH:
+            segment.content[index] = SOILED
+        if target == LOWER:
+            (to.directory.ready if code == OK else to.directory.free)([there])
+
+    # -- segments and lives -------------------------------------------------------------------------------------------
+
+    def add_segment(self, tier: int, segment: Segment | None = None) -> None:
+        """Give a tier one more segment."""
+        segment = segment or Segment(self.slots)
+        self.segments[tier][self.cache.pools[tier].add_segment(segment.directory, self.now)] = segment
+
+    def vacate(self, tier: int, ordinal: int) -> None:
+        """Start to give a segment up."""
+        self.losses = True
+        self.cache.vacate(tier, ordinal)
+        self.settle(evicts={tier})
+        slots = [at[tier] for at in self.where.values() if tier in at]
+        assert ordinal not in [slot // self.slots for slot in slots], "vacated blocks are still found"
+
+    def collect(self) -> int:
+        """Take away the segments that nobody uses any more; returns how many."""
+        gone = [(t, at) for t, pool in enumerate(self.cache.pools) for at in pool.closing if pool.is_idle(at)]
+        for tier, ordinal in gone:
+            self.cache.pools[tier].remove_segment(ordinal)
+            self.segments[tier].pop(ordinal).content[:] = [SOILED] * self.slots
+        return len(gone)
+
+    def restart(self, arrived: Iterable[bool] = repeat(False), keeps_memory: bool = True) -> None:
+        """Kill the daemon and start it again. `arrived` says for each block on its way down whether it is on the medium
+        already. Without memory all clients start over."""
+        before = self._survivors((UPPER, LOWER) if keeps_memory else (LOWER,))
+        flying = [(t, at) for t in self.running if t.target == TIERS[LOWER] for at in range(len(t))]
+        for (transfer, at), there in zip(flying, arrived, strict=False):
+            if there:
+                self._arrive(transfer, at, OK)
+        self.gaps |= bool(flying) or bool(self.cache.transfers)
+        self.note_recency()
+        if not keeps_memory:
+            self.gaps = True
+            self.clients.clear()
+            self.segments[UPPER] = {at: Segment(self.slots) for at in self.segments[UPPER]}
+        self._start(self.segments)
+        for client in self.clients.values():
+            client.attached = False
+            held = [number for number, (segment, at) in self._numbered(UPPER) if at in segment.held(client.bit)]
+            self.cache.restore_session(client.id, client.bit, np.array(held, np.int32))
+        tree, self.known = self._tree()
+        for block, tiers in before.items():
+            assert tiers <= set(tree.get(block, {})), "a block was lost to a restart"
+        assert set(tree) <= self.committed, "a restart brought up what was not committed"
+        self.where = tree
+
+    def _start(self, segments: list[dict[int, Segment]]) -> None:
+        self.running = []
+        self._landed: dict[tuple[bytes, int], int] = {}
+        self.segments: list[dict[int, Segment]] = [{}, {}]
+        self.cache = Cache(Pool(self.slots), Pool(self.slots), window_share=self.window_share, seed=7)
+        for tier, old in enumerate(segments):
+            for segment in old.values():
+                self.add_segment(tier, segment)
+        dead = ~np.bitwise_or.reduce([np.uint64(1 << client.bit) for client in self.clients.values()] or [np.uint64(0)])
+        for segment in self.segments[UPPER].values():
+            segment.directory.holders &= ~dead
+        recover(self.cache, [rows_of(tier, self.slots) for tier in self.segments], self.now)
+
+    def note_recency(self) -> None:
+        """Write last use and use counts to the directories, as the daemon does once in a while."""
+        touched, self.cache.index.touched = self.cache.index.touched, {}
+        for node in touched:
+            for pool, row in zip(self.cache.pools, node.slots, strict=True):
+                for ordinal, local, _ in pool.by_segment(row[row >= 0]):
+                    pool.segments[ordinal].touch(local, node.last_use, node.uses)
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def settle(self, evicts: set[int] = frozenset(), adds: dict[tuple[bytes, int], int] | None = None) -> None:  # type: ignore[assignment]
+        """Take over what was planned, and compare the tree with the model: copies go only from tiers that may evict, and come
+        only from where bytes were written."""
+        for transfer in self.cache.planned:
+            target = TIERS.index(transfer.target)
+            for slot in transfer.target_slots.tolist():
+                self._take(self._place(target, slot))
+            if target == LOWER:
+                hashes, parents = split(transfer.hashes), split(transfer.parents)
+                for slot, block, parent in zip(transfer.target_slots.tolist(), hashes, parents, strict=True):
+                    segment, at = self._place(LOWER, slot)
+                    segment.directory.begin([at], block, parent)
+        self.running += self.cache.planned
+        self.cache.planned.clear()
+        tree, self.known = self._tree()
+        come = {
+            (b, t): slot for b, at in tree.items() for t, slot in at.items() if self.where.get(b, {}).get(t) != slot
+        }
+        gone = {(b, t) for b, at in self.where.items() for t in at if t not in tree.get(b, {})}
+        assert {tier for _, tier in gone} <= set(evicts), "copies are gone from a tier that had no reason to evict"
+        assert come.items() <= (self._landed | (adds or {})).items(), "copies came from nowhere"
+        self.where = tree
+
+    def check(self, deep: bool = True) -> None:
+        """Raise AssertionError if anything that must hold between two steps does not; `deep` also asks the cache itself."""
+        if deep:
+            self.cache.check()
+        for block, at in self.where.items():
+            for tier, slot in at.items():
+                segment, index = self._place(tier, slot)
+                assert segment.content[index] == block, f"a {TIERS[tier]} slot has other bytes than the index says"
+        if not self.gaps:
+            for block, at in self.where.items():
+                parent = self.parents[block]
+                assert LOWER not in at or parent == ROOT or LOWER in self.where[parent], "nvme is not prefix-closed"
+        for pool in self.cache.pools:
+            counts = pool.counts()
+            assert sum(counts.values()) == len(pool.segments) * self.slots, "slots are lost"
+            assert set(counts) == set(STATES[1:])
+        self._check_clients()
+
+    def _check_clients(self) -> None:
+        bits = {id(segment): segment.directory.holders.tolist() for segment in self.segments[UPPER].values()}
+        alive = sum(1 << client.bit for client in self.clients.values())
+        assert all(not word & ~alive for words in bits.values() for word in words), "a bit of nobody"
+        writers: dict[tuple[int, int], int] = {}
+        for client in self.clients.values():
+            for writing in (False, True):
+                for (segment, at), block in client.places(writing):
+                    assert bits[id(segment)][at] >> client.bit & 1, "a told slot does not carry the bit"
+                    if not writing:
+                        assert segment.content[at] == block, "somebody wrote into a slot that a client reads"
+                    elif writers.setdefault((id(segment), at), client.id) != client.id:
+                        raise AssertionError("two clients write into one slot")
+
+    def _assert_entered(self, transfer: Transfer, outcome: list[int]) -> None:
+        """A block that was written whole is below, unless its parent is not, or its segment is being given up."""
+        closing = self.cache.pools[LOWER].closing
+        blocks, parents = list(split(transfer.hashes)), list(split(transfer.parents))
+        for block, parent, slot, code in zip(blocks, parents, transfer.target_slots.tolist(), outcome, strict=True):
+            has_parent = parent == ROOT or LOWER in self.where.get(parent, {})
+            if code == OK and has_parent and block in self.known and slot // self.slots not in closing:
+                assert LOWER in self.where.get(block, {}), "a block that was written is not found below"
+
+    def _assert_nothing_evictable(self, spared: Iterable[bytes] = ()) -> None:
+        """There is no upper slot that could have been had; of the asker's own chain, what only upper has may stay."""
+        pool = self.cache.upper
+        own = {self.where[block][UPPER] for block in spared if self.where.get(block, {}).keys() == {UPPER}}
+        idle = set(np.flatnonzero((pool.state == READY) & (pool.users == 0)).tolist()) - own
+        assert pool.free == 0 and not idle, f"refused, though {pool.free} slots are free and {len(idle)} evictable"
+
+    def _tree(self) -> tuple[dict[bytes, dict[int, int]], set[bytes]]:
+        """What the index says: where each resident block is, and all blocks that it knows."""
+        where: dict[bytes, dict[int, int]] = {}
+        known: set[bytes] = set()
+        for node in self.cache.index.nodes():
+            for block, *slots in zip(split(node.hashes), *node.slots.tolist(), strict=True):
+                known.add(block)
+                if at := {tier: slot for tier, slot in enumerate(slots) if slot >= 0}:
+                    where[block] = at
+        return where, known
+
+    def _survivors(self, tiers: tuple[int, ...]) -> dict[bytes, set[int]]:
+        """The copies that a restart must find again: those whose chain back to the root is in these tiers."""
+        have = {block: set(at) & set(tiers) for block, at in self.where.items()}
+        return {b: at for b, at in have.items() if at and all(have.get(a) for a in self._ancestors(b))}
+
+    def _ancestors(self, block: bytes) -> list[bytes]:
+        chain = []
+        while (block := self.parents.get(block, ROOT)) != ROOT:
+            chain.append(block)
+        return chain
+
+    def _prefix(self, hashes: list[bytes], parent: bytes) -> int:
+        if parent != ROOT and parent not in self.known:
+            return 0
+        return next((at for at, block in enumerate(hashes) if block not in self.where), len(hashes))
+
+    def _filled(self, client: Client) -> Iterator[bytes]:
+        """Blocks that the daemon knows to be written by a client."""
+        if client.attached:
+            for lease in client.leases(writing=True):
+                yield from (client.claims[lease].hashes[at] for at in client.claims[lease].places)
+
+    def _told(self, claim: Claim, first: int, slots: list[int]) -> None:
+        for at, slot in enumerate(slots, first):
+            claim.places[at] = segment, index = self._place(UPPER, slot)
+            assert segment.content[index] == claim.hashes[at], "a slot was named that holds another block"
+
+    def _take(self, place: Place) -> None:
+        """A slot is handed out to be filled: nobody else may have to do with it."""
+        segment, at = place
+        for client in self.clients.values():
+            for writing in (False, True):
+                assert place not in [other for other, _ in client.places(writing)], "a told slot was handed out again"
+        segment.content[at] = SOILED
+
+    def _place(self, tier: int, slot: int) -> Place:
+        return self.segments[tier][slot // self.slots], slot % self.slots
+
+    def _number(self, tier: int, place: Place) -> int:
+        return next(number for number, other in self._numbered(tier) if other == place)
+
+    def _numbered(self, tier: int) -> Iterator[tuple[int, Place]]:
+        for ordinal, segment in self.segments[tier].items():
+            yield from ((ordinal * self.slots + at, (segment, at)) for at in range(self.slots))
