@@ -141,13 +141,13 @@ class Keeper:
             await self._take_over(space, UPPER)
 
     def supply_ahead(self, space: Space) -> None:
-        """After a store: grow, or take over colder memory, before the next one needs it."""
+        """After hello and store: grow before the next store needs it; who has stored may take over colder memory."""
         arena = space.upper
         if arena.pool.free < arena.pool.slots_per_segment // 2:
             if self.can_grow(arena):
                 if arena.growing is None:
                     self._background(self.grow(space, arena))
-            else:
+            elif arena.segments:
                 self._rebalance(space, UPPER)
 
     def _is_paused(self, tier: int) -> bool:

@@ -85,6 +85,9 @@ class Service:
         except TierdError as error:
             self._metrics.errors[verb, error.code] += 1
             raise
+        except asyncio.CancelledError:  # by its deadline, or because its client has left
+            self._metrics.errors[verb, "late"] += 1
+            raise
         finally:
             self._seconds[verb].observe(clock.monotonic_seconds() - started)
 

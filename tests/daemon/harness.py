@@ -134,7 +134,10 @@ class Daemon:
     def end(self) -> None:
         """Make sure that nothing is left of it."""
         if self.process is not None and self.process.poll() is None:
-            self.stop()
+            try:
+                self.stop()
+            except subprocess.TimeoutExpired:
+                self.stop(signal.SIGKILL)
 
     def peer(self, **hello: Any) -> Wire:
         """A connection that said hello."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -23,18 +24,15 @@ TIERS = ("gpu", "cpu", "nvme", "remote", "pending", "miss")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def served() -> Iterator[Daemon]:
     """One daemon for all hostile peers: whatever they do, it must serve the next one."""
-    folder = Path("/tmp", f"tierd-hostile-{os.getpid()}")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="tierd-", dir="/tmp"))
     flags = settings(cpu_bytes="16MiB", cpu_segment_bytes="2MiB", cpu_huge_pages="off", nvme_bytes=0)
     daemon = Daemon(folder, flags).start()
     yield daemon
     daemon.end()
     log = daemon.log
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
     assert "Traceback" not in log, log
 
 

@@ -37,17 +37,29 @@ def resident_bytes(pid: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) << 10
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far, in user and system mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_it_is_ready_in_a_second_and_small(make: Start) -> None:
-    """With the tiers' default sizes and nothing in them, at best of three: from exec to the first answer, and resident."""
+    """With default tiers and nothing in them: from exec to the first answer at best of three, and resident.
+
+    Where others use the processors it is the daemon's own seconds that count.
+    """
     daemon = make(cpu_bytes="1GiB", cpu_segment_bytes="64MiB", nvme_bytes="4GiB", nvme_segment_bytes="64MiB")
-    seconds, resident = [], []
+    seconds, computed, resident = [], [], []
     for _ in range(3):
         before = monotonic_seconds()
         daemon.start()
         seconds.append(monotonic_seconds() - before)
+        computed.append(cpu_seconds(daemon.pid))
         resident.append(resident_bytes(daemon.pid))
         daemon.stop()
-    assert min(seconds) < READY_SECONDS_MAX
+    assert min(computed) < READY_SECONDS_MAX
+    if os.getloadavg()[0] < (os.cpu_count() or 1):
+        assert min(seconds) < READY_SECONDS_MAX
     assert max(resident) < RESIDENT_BYTES_MAX
 
 

@@ -117,9 +117,10 @@ def test_a_wait_ends_at_its_deadline(daemon: Daemon) -> None:
     with daemon.peer(model="a") as first:
         assert (first.place(hashes_of(1, 4 * SLOTS))[1] >= 0).all()
         second = daemon.peer(model="b")
-        with pytest.raises(Busy, match=r"no answer within 0\.05 s|in use by other namespaces"):
+        with pytest.raises(Busy, match=r"no answer within 0\.05 s; go on without"):
             second.ask("store", hashes=hashes_of(2, 1), deadline_ms=50)
         assert second.ask("stats")["blocks"] == 0
+        assert daemon.metrics()['tierd_request_errors_total{error="late",verb="store"}'] == 1
         second.end()
 
 

@@ -33,7 +33,10 @@ from tierd.errors import TierdError
 
 NAMESPACES = (0, 0, 1)
 """Of the workers."""
-LIFE_SECONDS_MAX = 0.5
+LIFE_SECONDS_MAX = 0.3
+LOADED_SHARE = 0.85
+"""Of the lives that last until a client has come back, and so long on top."""
+BACK_SECONDS_MAX = 10.0
 RECOVERY_SHARE = 0.15
 """Of the kills that are aimed at a daemon that is not ready yet."""
 RECOVERY_SECONDS = 0.3
@@ -82,15 +85,22 @@ class Torture:
 
     def one_kill(self) -> None:
         """Kill under load, sometimes during recovery too; the next life must be ready in time and find all that was left."""
+        if self.random.random() < LOADED_SHARE:
+            until(self.is_asked, "no client came back", BACK_SECONDS_MAX)
         time.sleep(self.random.uniform(0, LIFE_SECONDS_MAX))
         remains, killed = self.kill()
-        self.note("recovery" if remains is None else "", remains)
+        self.note("", remains)
         while self.random.random() < RECOVERY_SHARE:
             time.sleep(self.random.uniform(0, RECOVERY_SECONDS))
             was_ready = self.house.status() is not None
             remains, killed = self.kill()
             self.note("" if was_ready else "recovery", remains)
         self.expect(remains, killed)
+
+    def is_asked(self) -> bool:
+        """Whether the present life has been asked for blocks."""
+        status = self.house.status()
+        return status is not None and any(status["lookup_blocks"].values())
 
     def kill(self) -> tuple[Remains, float]:
         """Stop the holder, kill the daemon, read what it left, let the holder go on; returns when the kill was, too."""
@@ -121,7 +131,6 @@ class Torture:
             assert time.monotonic() - killed < READY_SECONDS_MAX, f"not ready {READY_SECONDS_MAX} s after kill {self.kills}"
             time.sleep(0.005)
         seconds = time.monotonic() - killed
-        if seconds>1: print("SLOW", seconds, self.house.log.read_text().rpartition("restarting it with")[2], os.getloadavg())
         self.ready_seconds_max = max(self.ready_seconds_max, seconds)
         _, _, life = self.house.log.read_text().rpartition("restarting it with")
         found = ADOPTED.search(life)  # nothing is said where nothing was found

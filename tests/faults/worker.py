@@ -7,6 +7,7 @@ end of the input. All workers share one universe of chains, several times the me
 from __future__ import annotations
 
 import json
+import os
 import select
 import sys
 import time
@@ -22,8 +23,8 @@ from tierd.client import Client
 
 CHAINS, CHAIN_BLOCKS, SHARED_BLOCKS, SHARED_BY = 96, 64, 16, 4
 DEADLINE_SECONDS = 1.0
-PREFETCHES = 2
-"""Other chains that are asked for after each turn, so that much is on its way between the tiers."""
+PREFETCH_SHARE, NEW_SHARE = 0.5, 0.4
+"""Of the turns that ask for another chain ahead, and of those whose chain nobody has seen before: much is on its way."""
 COMPUTE_SECONDS = 0.01
 """What an engine does while there is no daemon."""
 
@@ -60,6 +61,8 @@ class Worker:
         pick = min(self.random.randrange(CHAINS), self.random.randrange(CHAINS))
         blocks = self.random.randint(1, CHAIN_BLOCKS)
         hashes = self.chains[pick][: blocks * HASH_BYTES]
+        if self.random.random() < NEW_SHARE:
+            hashes = chain(f"torture {self.client.session.path} {self.random.random()}", blocks)
         pages = self.random.sample(range(CHAIN_BLOCKS), blocks) if self.random.random() < 0.3 else list(range(blocks))
         had = self.timed(lambda: self.client.load(hashes, self.pool, pages))
         self.counts["asked"] += blocks
@@ -73,7 +76,7 @@ class Worker:
         self.counts["refused"] += stored.refused
         if stored.refused == blocks:
             time.sleep(COMPUTE_SECONDS)
-        for _ in range(PREFETCHES):
+        if self.random.random() < PREFETCH_SHARE:
             self.client.prefetch(self.random.choice(self.chains))
 
     def timed(self, call):  # type: ignore[no-untyped-def]
@@ -92,13 +95,14 @@ def main() -> None:
     """Work until standard input ends."""
     worker = Worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     working = True
+    words = os.fdopen(0, "rb", buffering=0, closefd=False)  # what a buffer holds select does not see
     while True:
-        if not working or select.select([sys.stdin], [], [], 0)[0]:
-            match sys.stdin.readline().strip():
-                case "pause":
+        if not working or select.select([words], [], [], 0)[0]:
+            match words.readline():
+                case b"pause\n":
                     working = False
                     print(worker.report(), flush=True)
-                case "go":
+                case b"go\n":
                     working = True
                 case _:
                     break

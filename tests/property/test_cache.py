@@ -1,6 +1,8 @@
-"""The cache against a naive model: any sequence of requests, transfers, faults and lives, from clients that copy when they like.
+"""The cache against a naive model: any sequence of requests, transfers, faults and lives, from clients that copy when
+they like.
 
-`World` compares every answer with the model; here are only the steps, and the rule that everything is checked after each of them.
+`World` compares every answer with the model; here are only the steps, and the rule that everything is checked after
+each of them.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ PICK = st.integers(0, 1 << 16)
 class CacheMachine(RuleBasedStateMachine):
     """Two tiers of a few slots, up to four clients, chains over an alphabet of three."""
 
-    @initialize(upper=st.integers(1, 3), lower=st.integers(1, 4), share=st.sampled_from((0.1, 0.25, 1.0)))
+    @initialize(upper=st.integers(1, 3), lower=st.integers(0, 4), share=st.sampled_from((0.1, 0.25, 1.0)))
     def start(self, upper: int, lower: int, share: float) -> None:
-        """An empty cache with one client."""
+        """An empty cache with one client; sometimes without a lower tier."""
         self.world = World(upper, lower, slots=4, window_share=share)
         self.world.open()
 
@@ -149,6 +151,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(pick=PICK, tier=st.sampled_from((UPPER, LOWER)))
     def vacate(self, pick: int, tier: int) -> None:
         """A segment is to be given up, whoever uses it."""
+        tier = min(tier, self.world.tiers - 1)
         open_ones = sorted(self.world.segments[tier].keys() - self.world.cache.pools[tier].closing)
         if len(open_ones) > 1:
             self.world.vacate(tier, open_ones[pick % len(open_ones)])
@@ -157,7 +160,7 @@ class CacheMachine(RuleBasedStateMachine):
     def collect_and_grow(self, tier: int) -> None:
         """What is idle goes, and its numbers are used again."""
         if self.world.collect():
-            self.world.add_segment(tier)
+            self.world.add_segment(min(tier, self.world.tiers - 1))
 
     # -- lives --------------------------------------------------------------------------------------------------------
 

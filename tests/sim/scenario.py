@@ -1,4 +1,5 @@
-"""One seeded life of a small cache under pressure: clients with prompts that share prefixes, slow ones and killed ones, transfers that
+"""One seeded life of a small cache under pressure: clients with prompts that share prefixes, slow ones and killed ones,
+transfers that
 end in any order and fail, segments that change hands, and daemons that die."""
 
 from __future__ import annotations
@@ -7,28 +8,36 @@ import random
 
 from tests.sim.world import Client, World, chain
 from tierd.block import ROOT
-from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Wait
+from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Transfer, Wait
 
 CLIENTS_MAX = 5
 DEEP_SHARE = 0.1
 """After which share of the steps the cache checks all of itself, which takes longer than the step."""
 PROMPT_BLOCKS_MAX = 40
+PROMPTS = 10
+"""Earlier prompts that a new one may share blocks with."""
 
 
 class Scenario:
-    """A world and the dice. `mild` plays without faults of the medium, so that nothing leased is ever lost."""
+    """A world and the dice. What is likely differs from seed to seed: one has slow media, another one loses segments
+    all the time.
+
+    A mild one has no faults and keeps its segments, so that nothing leased may ever be lost.
+    """
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
+        choice = self.dice.choice
         self.mild = self.dice.random() < 0.3
-        share = self.dice.choice((0.1, 0.25, 0.5, 1.0))
-        slots = self.dice.choice((4, 8, 16))
-        self.world = World(self.dice.randint(1, 4), self.dice.randint(1, 8), slots, share)
+        lower = choice((0, 1, 1, 2, 2, 3, 4, 8))
+        self.world = World(choice((1, 2, 3, 4)), lower, choice((4, 8, 16)), choice((0.1, 0.25, 0.5, 1.0)))
         self.prompts: list[tuple[int, ...]] = []
         self.steps = {
-            self._open: 2, self._kill: 1, self._lookup: 12, self._load: 14, self._release: 10, self._store: 14,
-            self._commit: 12, self._abort: 2, self._write: 4, self._prefetch: 3, self._write_back: 14, self._finish: 25,
-            self._vacate: 0 if self.mild else 1, self._collect: 2, self._grow: 1, self._restart: 1, self._resume: 6,
+            self._open: 2, self._kill: 1, self._read: 12, self._fill: 12, self._lookup: 5, self._load: 8, self._release: 8,
+            self._store: 5, self._commit: 8, self._abort: 2, self._write: 3, self._prefetch: 4, self._resume: 4,
+            self._write_back: choice((4, 20, 40)), self._finish: choice((6, 25, 60)), self._collect: 4,
+            self._vacate: 0 if self.mild else choice((0, 1, 6)), self._grow: choice((0.3, 3)),
+            self._restart: choice((0, 0.3, 1)),
         }  # fmt: skip
 
     def run(self, steps: int) -> None:
@@ -59,14 +68,16 @@ class Scenario:
         return self.dice.choice(there) if there else None
 
     def _chain(self) -> tuple[list[bytes], bytes]:
-        """A prompt that continues or repeats an earlier one, as a chain from its root or from the middle; and its parent."""
-        prompt = self.dice.choice(self.prompts) if self.prompts and self.dice.random() < 0.9 else ()
-        prompt = prompt[: self.dice.randint(0, len(prompt))] if self.dice.random() < 0.5 else prompt
-        if len(prompt) < PROMPT_BLOCKS_MAX and self.dice.random() < 0.5:
+        """A prompt that continues or repeats an earlier one, as a chain from its root or from the middle; and its
+        parent.
+        """
+        prompt = self.dice.choice(self.prompts) if self.prompts and self.dice.random() < 0.95 else ()
+        prompt = prompt[: self.dice.randint(0, len(prompt))] if self.dice.random() < 0.3 else prompt
+        if len(prompt) < PROMPT_BLOCKS_MAX and self.dice.random() < 0.3:
             more = self.dice.randint(1, PROMPT_BLOCKS_MAX - len(prompt))
             prompt += tuple(self.dice.choice((0, 1, 2)) for _ in range(more))
         prompt = prompt or (self.dice.randint(0, 3),)
-        self.prompts = [*self.prompts[-30:], prompt]
+        self.prompts = [*self.prompts[-PROMPTS:], prompt]
         hashes = chain(prompt)
         skip = self.dice.randrange(len(hashes)) if self.dice.random() < 0.2 else 0
         return hashes[skip:], hashes[skip - 1] if skip else ROOT
@@ -78,6 +89,37 @@ class Scenario:
     def _kill(self) -> None:
         if self.world.clients:
             self.world.kill(self.dice.choice(list(self.world.clients.values())))
+
+    def _read(self) -> None:
+        """What an engine does: look up, load window after window, and let go of each when it is copied."""
+        if not (client := self._client()):
+            return
+        found = self.world.lookup(client, *self._chain())
+        at, busy = 0, 0
+        while at < found.blocks and busy < 3:
+            answer = self.world.load(client, found.lease, at, self.dice.randint(1, 16))
+            if isinstance(answer, int):
+                self.world.release(client, found.lease, at, answer)
+                at += answer
+            elif isinstance(answer, Wait) and self.dice.random() < 0.9:
+                self._finish_one([transfer for transfer in self.world.running if transfer.id in answer.transfers])
+            else:
+                busy += 1
+        if found.lease:
+            self.world.release(client, found.lease)
+
+    def _fill(self) -> None:
+        """What an engine does with a new prompt: store and commit in parts."""
+        if not (client := self._client()):
+            return
+        hashes, parent = self._chain()
+        part = self.dice.randint(4, 16)
+        for at in range(0, len(hashes), part):
+            lease = self.world.store(client, hashes[at : at + part], hashes[at - 1] if at else parent)
+            if lease is None:
+                return
+            if lease:
+                self.world.commit(client, lease)
 
     def _lookup(self) -> None:
         if client := self._client():
@@ -100,7 +142,7 @@ class Scenario:
         released = (held.upper < 0) & (held.lower < 0)
         if first < held.blocks and not released[first : first + count].any():
             answer = self.world.load(client, lease, first, count)
-            if isinstance(answer, Wait) and self.dice.random() < 0.5 and not (first in claim.places):
+            if isinstance(answer, Wait) and self.dice.random() < 0.5 and first not in claim.places:
                 for transfer in [t for t in self.world.running if t.id in answer.transfers]:
                     self.world.finish(transfer)
                 self.world.load(client, lease, first, count)
@@ -148,8 +190,11 @@ class Scenario:
         self.world.plan_write_back(self.dice.randint(1, 12))
 
     def _finish(self) -> None:
-        if self.world.running:
-            transfer = self.dice.choice(self.world.running)
+        self._finish_one(self.world.running)
+
+    def _finish_one(self, running: list[Transfer]) -> None:
+        if running:
+            transfer = self.dice.choice(running)
             outcome = [OK] * len(transfer)
             if not self.mild and self.dice.random() < 0.1:
                 codes = (OK, IO_ERROR, MISMATCH) if transfer.target == "cpu" else (OK, IO_ERROR)
@@ -157,7 +202,7 @@ class Scenario:
             self.world.finish(transfer, outcome)
 
     def _vacate(self) -> None:
-        tier = self.dice.choice((UPPER, LOWER))
+        tier = self.dice.choice((UPPER, LOWER)[: self.world.tiers])
         open_ones = self.world.segments[tier].keys() - self.world.cache.pools[tier].closing
         if len(open_ones) > 1:
             self.world.vacate(tier, self.dice.choice(sorted(open_ones)))
@@ -166,13 +211,13 @@ class Scenario:
         self.world.collect()
 
     def _grow(self) -> None:
-        tier = self.dice.choice((UPPER, LOWER))
-        if len(self.world.segments[tier]) < 5:
+        tier = self.dice.choice((UPPER, LOWER)[: self.world.tiers])
+        if len(self.world.segments[tier]) < (4, 8)[tier]:
             self.world.add_segment(tier)
 
     def _restart(self) -> None:
-        if self.dice.random() < 0.3:
-            self.world.restart((self.dice.random() < 0.5 for _ in iter(int, 1)), self.dice.random() < 0.8)
+        arrived = (self.dice.random() < 0.5 for _ in iter(int, 1))
+        self.world.restart(arrived, keeps_memory=self.dice.random() < 0.8)
 
 
 def play(seed: int, steps: int = 300) -> None:

@@ -1,8 +1,9 @@
-"""A cache with everything around it, in one process: directories, content of slots, clients that copy late, transfers under way,
-and a naive model that says what every answer must be.
+"""A cache with everything around it, in one process: directories, content of slots, clients that copy late, transfers
+under way, and a naive model that says what every answer must be.
 
-The content of a slot is the hash that was written there last. Whoever gets a slot to fill soils it at once, a transfer copies what
-is in its source when it ends, and clients look at what they hold after every step: a slot that is reused under somebody shows.
+The content of a slot is the hash that was written there last. Whoever gets a slot to fill soils it at once, a transfer
+copies what is in its source when it ends, and clients look at what they hold after every step: a slot that is reused
+under somebody shows.
 """
 
 from __future__ import annotations
@@ -88,10 +89,13 @@ class Client:
 
 
 class World:
-    """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers."""
+    """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers.
+
+    `upper` and `lower` are numbers of segments; without lower ones there is no lower tier.
+    """
 
     def __init__(self, upper: int = 3, lower: int = 5, slots: int = 8, window_share: float = 0.25) -> None:
-        self.slots, self.window_share, self.now = slots, window_share, 1_000_000
+        self.slots, self.window_share, self.tiers, self.now = slots, window_share, 2 if lower else 1, 1_000_000
         self.clients: dict[int, Client] = {}
         self.where: dict[bytes, dict[int, int]] = {}
         self.known: set[bytes] = set()
@@ -227,7 +231,7 @@ class World:
             elif block in pending:
                 assert code == PENDING
             else:
-                assert code >= 0 and not short or code == NO_ROOM
+                assert (code >= 0 and not short) or code == NO_ROOM
                 short |= code == NO_ROOM
                 if code >= 0:
                     claim.places[at] = self._place(UPPER, code)
@@ -362,14 +366,15 @@ class World:
         self.running = []
         self._landed: dict[tuple[bytes, int], int] = {}
         self.segments: list[dict[int, Segment]] = [{}, {}]
-        self.cache = Cache(Pool(self.slots), Pool(self.slots), window_share=self.window_share, seed=7)
+        lower = Pool(self.slots) if self.tiers == 2 else None
+        self.cache = Cache(Pool(self.slots), lower, window_share=self.window_share, seed=7)
         for tier, old in enumerate(segments):
             for segment in old.values():
                 self.add_segment(tier, segment)
         dead = ~np.bitwise_or.reduce([np.uint64(1 << client.bit) for client in self.clients.values()] or [np.uint64(0)])
         for segment in self.segments[UPPER].values():
             segment.directory.holders &= ~dead
-        recover(self.cache, [rows_of(tier, self.slots) for tier in self.segments], self.now)
+        recover(self.cache, [rows_of(tier, self.slots) for tier in self.segments[: self.tiers]], self.now)
 
     def note_recency(self) -> None:
         """Write last use and use counts to the directories, as the daemon does once in a while."""
@@ -382,7 +387,8 @@ class World:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def settle(self, evicts: set[int] = frozenset(), adds: dict[tuple[bytes, int], int] | None = None) -> None:  # type: ignore[assignment]
-        """Take over what was planned, and compare the tree with the model: copies go only from tiers that may evict, and come
+        """Take over what was planned, and compare the tree with the model: copies go only from tiers that may evict,
+        and come
         only from where bytes were written."""
         for transfer in self.cache.planned:
             target = TIERS.index(transfer.target)
@@ -405,7 +411,9 @@ class World:
         self.where = tree
 
     def check(self, deep: bool = True) -> None:
-        """Raise AssertionError if anything that must hold between two steps does not; `deep` also asks the cache itself."""
+        """Raise AssertionError if anything that must hold between two steps does not; `deep` also asks the cache
+        itself.
+        """
         if deep:
             self.cache.check()
         for block, at in self.where.items():

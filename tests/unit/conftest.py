@@ -48,8 +48,9 @@ def daemon(tmp_path: Path, memory: Memory) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def connect(tmp_path: Path) -> Iterator[Connect]:
-    """Makes clients, and closes them at the end."""
+def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
+    """Makes clients, and closes them at the end; they store 32 of our small blocks at a time, not thousands."""
+    monkeypatch.setattr("tierd.client.store.BATCH_BYTES", 32 * LAYOUT.block_bytes)
     clients: list[Client] = []
 
     def make(**options: Any) -> Client:

@@ -1,4 +1,4 @@
-"""Prompts that go through the index as fast as it takes them: what `tierd bench index` measures, in a process of its own.
+"""Prompts that go through the index as fast as it takes them: what `tierd bench index` measures, in its own process.
 
 `Tree` is the index alone. `Requests` is the whole core: the same prompts as requests of a session, with leases, pending
 blocks, holders, and a write-back queue that is emptied after each. Neither has sockets, segments or bytes of blocks.
@@ -41,8 +41,8 @@ LENGTH = struct.Struct("<I")
 class Tree:
     """Index, pools and eviction of two tiers: nvme for all blocks, cpu for a quarter of them.
 
-    Every new block gets a slot in both tiers, and what was there before makes room in both. `seconds` is the time in here,
-    `inserted` how many blocks were new.
+    Every new block gets a slot in both tiers, and what was there before makes room in both. `seconds` is the time that
+    took, `inserted` how many blocks were new.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -120,7 +120,7 @@ class Nowhere:
     ready = free = hold = unhold = touch = begin
 
 
-WAYS = {"tree": Tree, "requests": Requests}
+WAYS: dict[str, type[Tree] | type[Requests]] = {"tree": Tree, "requests": Requests}
 
 
 def measure(way: str, blocks: int, turnovers: list[int], traced: bool, prompts: Iterator[bytes]) -> Iterator[Row]:
@@ -151,7 +151,8 @@ def measure(way: str, blocks: int, turnovers: list[int], traced: bool, prompts: 
 
 def push(load: Tree | Requests, prompts: Iterator[bytes], now: int) -> int:
     """The next few prompts, read before they are stored; returns the time."""
-    for now, prompt in enumerate(list(islice(prompts, PROMPTS_AT_ONCE)), now + 1):
+    for prompt in list(islice(prompts, PROMPTS_AT_ONCE)):
+        now += 1
         load.store(prompt, now)
     return now
 

@@ -1,6 +1,6 @@
-"""What a cached block costs in memory, and how many blocks a second come into the index while as many leave it.
+"""What a cached block costs in memory, and how many blocks a second enter the index while as many leave it.
 
-Two kinds of prompts, in a young index and after ten times its capacity has passed through. See `churn` for what is timed.
+Two kinds of prompts, in a young index and after ten times its capacity has passed through; `churn` says what is timed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BYTES_PER_BLOCK_MAX = 100
 BLOCKS_PER_SECOND_MIN = 1_000_000
 SEED = 1
 CHILD_SECONDS_MAX = 600
+PIPE_BYTES = 1 << 20
 
 
 def run(task: Task) -> Result:
@@ -72,11 +73,13 @@ def in_child(kind: str, way: str, blocks: int, traced: bool = False) -> list[Row
     turnovers = TURNOVERS[:1] if traced else TURNOVERS
     asked = json.dumps({"way": way, "blocks": blocks, "turnovers": turnovers, "traced": traced})
     command = [sys.executable, "-m", "tierd.bench.churn", asked]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=PIPE_BYTES) as child:
         assert child.stdin and child.stdout
         with suppress(BrokenPipeError):  # it has read enough
             for prompt in KINDS[kind](SEED):
                 child.stdin.write(LENGTH.pack(len(prompt)) + prompt)
+        with suppress(BrokenPipeError):
+            child.stdin.close()
         answer = child.stdout.read()
         if child.wait(CHILD_SECONDS_MAX):
             raise Closed(f"the measuring process ended with {child.returncode}: see what it printed above")

@@ -68,7 +68,7 @@ def measure(client: Client, echo: Echo, blocks: int, iterations: int) -> Row:
     for _ in range(WARM_UP_GROUPS + -(-iterations // GROUP)):
         hit += [look_up(client, hashes, blocks) for _ in range(GROUP)]
         bare += [echo.round_trip(request, reply_bytes) for _ in range(GROUP)]
-        miss += [look_up(client, os.urandom(HASH_BYTES) + unknown[HASH_BYTES:], 0) for _ in range(GROUP)]
+        miss += [look_up(client, unknown, 0) for _ in range(GROUP)]
     hits, misses, bares = (np.array(seconds[WARM_UP_GROUPS * GROUP :]) * 1e6 for seconds in (hit, miss, bare))
     return {
         "blocks": blocks,

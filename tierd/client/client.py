@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tierd.block import HASH_BYTES, ROOT
-from tierd.client.connection import NoAnswer
+from tierd.client.context import Context
 from tierd.client.lookup import Lookup
 from tierd.client.session import Session
 from tierd.client.store import Stored, Storing
 from tierd.client.transfer import Copier, as_pages, as_rows
-from tierd.errors import Invalid, TierdError
+from tierd.errors import Invalid
 from tierd.layout import Layout
 from tierd.wire.messages import PROTOCOL_VERSION
 
 COPY_THREADS_MAX = 64
-log = logging.getLogger("tierd.client")
 
 
 class Client:
@@ -63,12 +57,7 @@ class Client:
         }
         self.session = Session(Path(socket) if socket else default_socket(), hello, layout, deadline_seconds)
         self.copier = Copier(layout.block_bytes, copy_threads)
-        self._pid = os.getpid()
-        self._lock = Lock()
-        self._counters: Counter[str] = Counter()
-        self._tiers: Counter[str] = Counter()
-        self._failures: Counter[str] = Counter()
-        self._logged: set[str] = set()
+        self._context = Context(self.session, self.copier, layout, deadline_seconds)
 
     def __repr__(self) -> str:
         return f"<Client of {self.session.path}: {self.statistics}>"
@@ -85,7 +74,7 @@ class Client:
         hashes: 32 bytes a block, head first, behind `parent`. pool: C-contiguous `[pages, ...]` with one block a page.
         pages: one page number a block. Pages behind the prefix may have been written to.
         """
-        self.check_process()
+        self._context.check_process()
         blocks = check_hashes(hashes, parent)
         rows = as_rows(pool, self.layout.block_bytes, writable=True)
         targets = as_pages(pages, rows)
@@ -106,34 +95,34 @@ class Client:
 
         Returns counts that sum to the blocks asked. Returns once what was written can be found by others.
         """
-        self.check_process()
+        self._context.check_process()
         blocks = check_hashes(hashes, parent)
         rows = as_rows(pool, self.layout.block_bytes, writable=False)
         sources = as_pages(pages, rows)
         check_length(blocks, len(sources))
         if not blocks:
             return Stored()
-        self.count(requests=1)
+        self._context.count(requests=1)
         stored = Stored(refused=blocks)
-        with self.missing("store"):
+        with self._context.missing("store"):
             connection = self.session.connection()
-            stored = Storing(self, hashes, parent, rows, sources).run(connection)
+            stored = Storing(self._context, hashes, parent, rows, sources).run(connection)
         return stored
 
     def lookup(self, hashes: bytes, parent: bytes = ROOT) -> Lookup:
         """Lease the longest prefix that tierd has (of as many blocks as a request may name); release it when done."""
-        self.check_process()
+        self._context.check_process()
         check_hashes(hashes, parent)
         return self._lookup(hashes, parent)
 
     def prefetch(self, hashes: bytes, parent: bytes = ROOT) -> int:
         """Ask for the head of a prefix to be brought to memory; returns how many blocks are or will be there."""
-        self.check_process()
+        self._context.check_process()
         if not check_hashes(hashes, parent):
             return 0
-        self.count(requests=1)
+        self._context.count(requests=1)
         blocks = 0
-        with self.missing("prefetch"):
+        with self._context.missing("prefetch"):
             connection = self.session.connection()
             arguments = {"hashes": hashes[: self.session.blocks_max * HASH_BYTES], "parent": parent}
             reply = connection.request("prefetch", arguments, self.deadline_seconds)
@@ -144,70 +133,29 @@ class Client:
     @property
     def statistics(self) -> dict[str, Any]:
         """Counts since the start, among them `failures` by kind and `tiers`: blocks looked up by where they were."""
-        with self._lock:
-            names = ("requests", "blocks_loaded", "bytes_loaded", "blocks_stored", "bytes_stored", "blocks_changed")
-            return {
-                **{name: self._counters[name] for name in names},
-                "reconnects": max(0, self.session.connects - 1),
-                "failures": dict(self._failures),
-                "tiers": dict(self._tiers),
-            }
+        return self._context.statistics()
 
     def close(self) -> None:
         """Give everything back and disconnect; copies of other threads are waited for, at most the deadline."""
-        if os.getpid() != self._pid:
+        if not self._context.is_ours:
             return  # the parent's connection, mappings and threads are none of this child's business
         self.session.close()
         self.copier.close()
 
     def _lookup(self, hashes: bytes, parent: bytes) -> Lookup:
         asked = min(len(hashes) // HASH_BYTES, self.session.blocks_max)
-        found = Lookup(self, asked)
+        found = Lookup(self._context, asked)
         if not asked:
             return found
-        self.count(requests=1)
-        with self.missing("lookup"):
+        self._context.count(requests=1)
+        with self._context.missing("lookup"):
             connection = self.session.connection()
             arguments = {"hashes": hashes[: asked * HASH_BYTES], "parent": parent}
             reply = connection.request("lookup", arguments, self.deadline_seconds, undo="release")
             self.session.answered()
-            found = Lookup(self, asked, connection, reply)
-        with self._lock:
-            self._tiers.update(found.tiers)
+            found = Lookup(self._context, asked, connection, reply)
+        self._context.count_tiers(found.tiers)
         return found
-
-    # What its parts share.
-
-    def check_process(self) -> None:
-        """Raise Invalid in a forked child: socket and mappings are its parent's."""
-        if os.getpid() != self._pid:
-            raise Invalid(f"this client belongs to process {self._pid}: make a new Client in process {os.getpid()}")
-
-    def count(self, **amounts: int) -> None:
-        """Add to the statistics."""
-        with self._lock:
-            self._counters.update(amounts)
-
-    @contextmanager
-    def missing(self, verb: str) -> Iterator[None]:
-        """Turn every failure inside into a miss."""
-        try:
-            yield
-        except Exception as error:
-            self.failed(verb, error)
-
-    def failed(self, verb: str, error: Exception) -> None:
-        """Count a failure by kind; say once what an operator can do something about."""
-        kind = error.code if isinstance(error, TierdError) else "internal"
-        if isinstance(error, NoAnswer):
-            kind = "late"
-            self.session.failed()
-        with self._lock:
-            self._failures[kind] += 1
-            first = kind not in self._logged
-            self._logged.add(kind)
-        if first and kind in ("invalid", "internal"):
-            log.warning("tierd %s failed and counts as a miss: %s", verb, error, exc_info=kind == "internal")
 
 
 def default_socket() -> Path:

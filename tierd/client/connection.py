@@ -260,9 +260,7 @@ class Connection:
             if ticket is not None:
                 ticket.reply = message
         if ticket is None:
-            self._refusal = str(
-                error_of(message)
-            )  # of the connection, which ends then, or of what was told and not asked
+            self._refusal = str(error_of(message))  # of the connection, which ends then, or of what was told and not asked
         elif ticket.abandoned:
             self._undo(ticket, message)
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tierd.client.connection import Connection, Ticket
+from tierd.client.context import Context
 from tierd.client.transfer import Pages, Pool, as_pages, as_rows
 from tierd.errors import Busy, Closed, Invalid
 from tierd.wire.messages import READING, unpack_slots
-
-if TYPE_CHECKING:
-    from tierd.client.client import Client
 
 PIECE_BYTES = 64 << 20
 """Of a prefix that comes in windows, this much is copied and given back at a time."""
@@ -30,12 +28,12 @@ class Lookup:
     sums to their number. Falsy when nothing was found. For one thread at a time.
     """
 
-    def __init__(self, client: Client, asked: int, connection: Connection | None = None, reply: Any = None) -> None:
+    def __init__(self, context: Context, asked: int, connection: Connection | None = None, reply: Any = None) -> None:
         self.blocks: int = 0
         self.told: int = 0
         self.tiers: dict[str, int] = {"miss": asked}
         self.slots = NO_SLOTS
-        self._client = client
+        self._context = context
         self._connection = connection
         self._lease: int = 0
         if reply is not None:
@@ -65,46 +63,46 @@ class Lookup:
         not all blocks were told at once, each is given back when it is copied, and can be copied once. Raises Invalid
         for misuse.
         """
-        client = self._client
-        client.check_process()
-        rows = as_rows(pool, client.layout.block_bytes, writable=True)
+        context = self._context
+        context.check_process()
+        rows = as_rows(pool, context.layout.block_bytes, writable=True)
         targets = as_pages(pages, rows)
         count = min(len(targets), self.blocks - first) if count is None else count
         if not 0 <= first <= first + count <= self.blocks or count > len(targets):
             raise Invalid(f"blocks {first} to {first + count} on {len(targets)} pages: found were {self.blocks} blocks")
         copied = 0
-        with client.missing("load"):
+        with context.missing("load"):
             for good in self._copy(rows, targets[:count], first):
                 copied += good
-        client.count(blocks_loaded=copied, bytes_loaded=copied * client.layout.block_bytes)
+        context.count(blocks_loaded=copied, bytes_loaded=copied * context.layout.block_bytes)
         return copied
 
     def release(self) -> None:
         """End the lease; the blocks may be evicted. Never fails, and never waits for the daemon."""
         lease, self._lease, self.blocks, self.told, self.slots = self._lease, 0, 0, 0, NO_SLOTS
         if lease and self._connection is not None:
-            self._client.check_process()
+            self._context.check_process()
             self._connection.tell("release", {"lease": lease})
 
     def _copy(self, pool: Pool, pages: Pages, first: int) -> Iterator[int]:
         """Copy piece by piece; yields how many blocks of each have arrived, and ends where not all have."""
-        client, connection = self._client, self._connection
+        context, connection = self._context, self._connection
         assert connection is not None or not len(pages)
         windowed = self.told < self.blocks
-        piece = max(1, PIECE_BYTES // client.layout.block_bytes) if windowed else len(pages)
+        piece = max(1, PIECE_BYTES // context.layout.block_bytes) if windowed else len(pages)
         copied = 0
         for window in self._windows(first, first + len(pages)):
             for at in range(0, len(window), piece):
                 slots = window[at : at + piece]
                 assert connection is not None
-                with client.session.segments.copying(connection, slots, READING) as parts:
-                    good = client.copier.load(parts, pool, pages[copied : copied + len(slots)])
+                with context.session.segments.copying(connection, slots, READING) as parts:
+                    good = context.copier.load(parts, pool, pages[copied : copied + len(slots)])
                 if good and windowed:
                     connection.tell("release", {"lease": self._lease, "first": first + copied, "count": good})
                 copied += good
                 yield good
                 if good < len(slots):
-                    client.count(blocks_changed=1)
+                    context.count(blocks_changed=1)
                     return
 
     def _windows(self, first: int, end: int) -> Iterator[NDArray[np.int32]]:
@@ -130,11 +128,11 @@ class Lookup:
     def _ask(self, first: int, end: int) -> Ticket:
         assert self._connection is not None
         arguments = {"lease": self._lease, "first": first, "count": end - first}
-        return self._connection.ask("load", arguments, self._client.deadline_seconds)
+        return self._connection.ask("load", arguments, self._context.deadline_seconds)
 
     def _loaded(self, asked: Ticket, first: int, end: int) -> NDArray[np.int32]:
         assert self._connection is not None
-        reply = self._connection.wait(asked, self._client.deadline_seconds)
+        reply = self._connection.wait(asked, self._context.deadline_seconds)
         slots = unpack_slots(reply["slots"])
         if reply["first"] != first or not 1 <= reply["count"] == len(slots) <= end - first:
             raise Closed(f"load of blocks {first} to {end} was answered with {len(slots)} slots from {reply['first']}")

@@ -104,9 +104,7 @@ def read_header(page: bytes) -> Header:
     """Read a memory segment's header; raises Invalid when it is damaged or something else."""
     if len(page) != PAGE_BYTES:
         raise Invalid(f"segment header has {len(page)} bytes, not {PAGE_BYTES}")
-    magic, version, medium, segment, namespace, fingerprint, _, _, payload, slot, count, _, state, *_ = (
-        HEADER.unpack_from(page)
-    )
+    magic, version, medium, segment, namespace, fingerprint, _, _, payload, slot, count, _, state, *_ = HEADER.unpack_from(page)
     if (magic, version, medium) != (MAGIC, VERSION, MEDIUM_MEMORY):
         expected = (MAGIC, VERSION, MEDIUM_MEMORY)
         raise Invalid(f"segment has magic, version and medium {(magic, version, medium)}, this client maps {expected}")
@@ -129,9 +127,7 @@ def check_header(header: Header, attached: dict[str, Any], layout: Layout) -> No
             raise Invalid(f"segment {header.segment.hex()}: {what} is {found!r}, expected {expected!r}")
     state_end = header.state_offset + header.slot_count * STATE_BYTES
     if header.state_offset % PAGE_BYTES or state_end > attached["directory_bytes"]:
-        raise Invalid(
-            f"segment {header.segment.hex()}: states end at {state_end} of {attached['directory_bytes']} bytes"
-        )
+        raise Invalid(f"segment {header.segment.hex()}: states end at {state_end} of {attached['directory_bytes']} bytes")
     slots_end = header.slot_count * header.slot_bytes
     if slots_end > attached["slots_bytes"]:
         raise Invalid(f"segment {header.segment.hex()}: slots end at {slots_end} of {attached['slots_bytes']} bytes")

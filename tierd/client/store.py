@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
 from tierd.client.connection import Connection, Ticket
+from tierd.client.context import Context
 from tierd.client.transfer import Pages, Pool
 from tierd.errors import Closed, Gone, TierdError
 from tierd.wire.messages import NO_ROOM, WRITING, unpack_slots
 
-if TYPE_CHECKING:
-    from tierd.client.client import Client
-
 BATCH_BLOCKS = 32
-BATCH_BYTES = 8 << 20
-"""A batch has BATCH_BLOCKS, or as many small blocks as make this."""
+BATCH_BYTES = 32 << 20
+"""A batch has BATCH_BLOCKS, or as many smaller ones as make this: milliseconds of copying for each round trip."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,14 @@ class Batch:
 class Storing:
     """One call of `Client.store`."""
 
-    def __init__(self, client: Client, hashes: bytes, parent: bytes, pool: Pool, pages: Pages) -> None:
-        self._client = client
+    def __init__(self, context: Context, hashes: bytes, parent: bytes, pool: Pool, pages: Pages) -> None:
+        self._context = context
         self._hashes = hashes
         self._parent = parent
         self._pool = pool
         self._pages = pages
         self._blocks = len(pages)
-        self._batch_blocks = min(
-            max(BATCH_BLOCKS, BATCH_BYTES // client.layout.block_bytes), client.session.blocks_max // 2
-        )
+        self._batch_blocks = min(max(BATCH_BLOCKS, BATCH_BYTES // context.layout.block_bytes), context.session.blocks_max // 2)
         self._commits: deque[Ticket] = deque()
         self._stored = self._present = 0
 
@@ -73,10 +68,10 @@ class Storing:
             while batch is not None:
                 batch = self._store(batch)
         except TierdError as error:
-            self._client.failed("store", error)
+            self._context.failed("store", error)
         finally:
             self._collect(0)
-        self._client.count(blocks_stored=self._stored, bytes_stored=self._stored * self._client.layout.block_bytes)
+        self._context.count(blocks_stored=self._stored, bytes_stored=self._stored * self._context.layout.block_bytes)
         return Stored(self._stored, self._present, max(0, self._blocks - self._stored - self._present))
 
     def _store(self, batch: Batch) -> Batch | None:
@@ -109,7 +104,7 @@ class Storing:
         hashes = self._hashes[base * HASH_BYTES : last * HASH_BYTES]
         parent = self._hashes[(base - 1) * HASH_BYTES : base * HASH_BYTES] if base else self._parent
         arguments = {"hashes": hashes, "parent": parent}
-        ticket = self._connection.ask("store", arguments, self._client.deadline_seconds, undo="abort")
+        ticket = self._connection.ask("store", arguments, self._context.deadline_seconds, undo="abort")
         return Batch(base, first, last, ticket, ahead)
 
     def _again(self, first: int) -> Batch:
@@ -118,8 +113,8 @@ class Storing:
         return self._ask(first, first)
 
     def _placed(self, batch: Batch) -> tuple[int, NDArray[np.int32]]:
-        reply = self._connection.wait(batch.ticket, self._client.deadline_seconds)
-        self._client.session.answered()
+        reply = self._connection.wait(batch.ticket, self._context.deadline_seconds)
+        self._context.session.answered()
         codes = unpack_slots(reply["slots"])
         asked, lease = batch.last - batch.base, int(reply["lease"])
         if len(codes) != asked or (codes < NO_ROOM).any() or bool(lease) != bool((codes >= 0).any()):
@@ -130,22 +125,22 @@ class Storing:
         """Fill every slot that was given, and say so."""
         if not lease:
             return
-        client = self._client
+        context = self._context
         given = np.flatnonzero(codes >= 0)
         try:
-            with client.session.segments.copying(self._connection, codes[given], WRITING) as parts:
-                client.copier.store(parts, self._pool, self._pages[base + given])
+            with context.session.segments.copying(self._connection, codes[given], WRITING) as parts:
+                context.copier.store(parts, self._pool, self._pages[base + given])
         except BaseException:
             self._connection.tell("abort", {"lease": lease})
             raise
-        self._commits.append(self._connection.ask("commit", {"lease": lease}, client.deadline_seconds))
+        self._commits.append(self._connection.ask("commit", {"lease": lease}, context.deadline_seconds))
         self._collect(1)
 
     def _collect(self, left: int) -> None:
         """Wait for commits until only `left` are unanswered."""
         while len(self._commits) > left:
             try:
-                reply = self._connection.wait(self._commits.popleft(), self._client.deadline_seconds)
+                reply = self._connection.wait(self._commits.popleft(), self._context.deadline_seconds)
                 self._stored += reply["committed"]
             except TierdError as error:
-                self._client.failed("commit", error)
+                self._context.failed("commit", error)

@@ -135,9 +135,7 @@ def as_rows(pool: NDArray[np.generic], block_bytes: int, writable: bool) -> Pool
         raise Invalid(f"pool must be a C-contiguous numpy array [pages, ...], not {type(pool).__name__}")
     if pool.nbytes != len(pool) * block_bytes:
         page_bytes = pool.nbytes // len(pool) if len(pool) else 0
-        raise Invalid(
-            f"pool has pages of {page_bytes} bytes, the layout's blocks have {block_bytes}: give one block a page"
-        )
+        raise Invalid(f"pool has pages of {page_bytes} bytes, the layout's blocks have {block_bytes}: give one block a page")
     if writable and not pool.flags.writeable:
         raise Invalid("pool is read-only: load needs one to write to")
     return pool.reshape(-1).view(np.uint8).reshape(len(pool), block_bytes)

@@ -20,7 +20,7 @@ from itertools import count as counter
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.block import HASH_BYTES, ROOT, split
+from tierd.block import HASH_BYTES, ROOT
 from tierd.core.index import Index, Piece
 from tierd.core.plan import (
     DEMAND,
@@ -43,6 +43,7 @@ from tierd.core.plan import (
     Transfer,
     Wait,
     leading,
+    names,
     nothing,
     pick,
 )
@@ -235,13 +236,13 @@ class Cache:
             stored = (piece.node.slots[:, piece.start : piece.end] >= 0).any(0)
             codes[at : at + piece.blocks][stored] = STORED
         wanted = np.flatnonzero(codes == NO_ROOM)
-        new = set(split(pick(hashes, wanted)))
+        new = set(names(pick(hashes, wanted)))
         if len(new) < len(wanted) or ROOT in new:
             raise Invalid(
                 "store: a block hash is there twice, or is all zeros; hashes must be chained over their parents"
             )
         if not new.isdisjoint(self._pending):
-            pending = np.array([block in self._pending for block in split(pick(hashes, wanted))], np.bool_)
+            pending = np.array([block in self._pending for block in names(pick(hashes, wanted))], np.bool_)
             codes[wanted[pending]] = PENDING
             wanted = wanted[~pending]
         anchor = self.index.touch(pieces or self._parent_piece(parent), now)
@@ -261,7 +262,7 @@ class Cache:
         )
         session.leases[lease.id] = lease
         session.tell(taken)
-        self._pending.update(split(run))
+        self._pending.update(names(run))
         return Placed(lease.id, codes)
 
     def commit(self, session_id: int, lease_id: int, count: int | None, now: int) -> Committed:
@@ -325,7 +326,7 @@ class Cache:
 
     def _end_writing(self, session: Session, lease: Lease) -> None:
         del session.leases[lease.id]
-        self._pending.difference_update(split(lease.filled()))
+        self._pending.difference_update(names(lease.filled()))
         session.untell(lease.upper)
 
     def _end_lease(self, session: Session, lease: Lease) -> None:
@@ -418,7 +419,7 @@ class Cache:
         """Raise AssertionError if leases, transfers, slots and the tree do not add up; for tests and idle time."""
         self.index.check()
         writing = [lease for session in self.sessions.values() for lease in session.leases.values() if lease.writing]
-        named = [block for lease in writing for block in split(lease.filled())]
+        named = [block for lease in writing for block in names(lease.filled())]
         assert sorted(named) == sorted(self._pending), "pending blocks are not those of the writing leases"
         for session in self.sessions.values():
             session.check()

@@ -120,6 +120,12 @@ def nothing(blocks: int) -> Slots:
     return slots
 
 
+def names(hashes: bytes) -> list[bytes]:
+    """The single hashes of a packed run."""
+    blocks: list[bytes] = np.frombuffer(hashes, "V32").tolist()
+    return blocks
+
+
 def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
     """The hashes at some rising positions of a packed run."""
     if len(positions) == len(hashes) // HASH_BYTES:

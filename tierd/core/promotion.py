@@ -35,7 +35,7 @@ class Promotion:
     def start(self, lease: Lease, first: int, reason: str, now: int) -> None:
         """Bring the window of a lease from block `first` up, as far as there is room.
 
-        A block that was lost below meanwhile ends the lease's blocks. A lease without an id is only planned for (prefetch).
+        A block that was lost below meanwhile ends the lease's blocks. A lease without an id is only planned for: prefetch.
         """
         end = min(first + self.window, lease.blocks)
         missing = first + np.flatnonzero((self._above(lease, first, end) < 0) & (lease.lower[first:end] >= 0))
@@ -57,9 +57,8 @@ class Promotion:
         """
         above = self._above(lease, first, end)
         above = above[: leading(above >= 0)]
-        risen = np.flatnonzero(
-            (lease.upper[first : first + len(above)] < 0) & (lease.lower[first : first + len(above)] >= 0)
-        )
+        end = first + len(above)
+        risen = np.flatnonzero((lease.upper[first:end] < 0) & (lease.lower[first:end] >= 0))
         if len(risen):
             self._hand_over(lease, first + risen, above[risen])
 

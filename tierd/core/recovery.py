@@ -91,7 +91,8 @@ class _Blocks:
             rising = np.argsort(rows.generations, kind="stable")  # the last write wins: the highest generation
             mine = number[at : at + len(rows.slots)]
             self.slots[tier, mine[rising]] = rows.slots[rising]
-            np.maximum.at(self.last_use, mine, np.minimum(rows.last_use, np.uint64(now)).astype(np.int64))
+            last_use = np.minimum(rows.last_use, np.uint64(now)).astype(np.int64)
+            np.maximum.at(self.last_use, mine, last_use)
             np.maximum.at(self.uses, mine, rows.uses.astype(np.int64))
             at += len(rows.slots)
         self.parent = self._find(parents[first])
