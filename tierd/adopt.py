@@ -63,7 +63,7 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
             continue
         _adopt_space(space, segments_by_tier, tiers, now, result)
         _adopt_sessions(space, stored, result)
-    for name in [name for name in stored if name.startswith("session-")]:
+    for name in [name for name in stored if name.startswith("session-") or name.endswith("-slots")]:
         _give_up_descriptors(name, stored.pop(name))
     if found:
         log.info("adopted", segments=result.segments, copies=result.kept, sessions=result.sessions, **result.lost)
@@ -167,6 +167,7 @@ def _adopt_sessions(space: Space, stored: dict[str, list[int]], result: Adopted)
             alive[bit] = Attached(-1 - bit, os.urandom(16), bit, -1, 0, "unknown", space)
         if bit in alive:
             session = space.sessions[alive[bit].id] = alive[bit]
+            session.known = {at: segment.segment_id for at, segment in space.upper.segments.items()}  # it may map them all
             pool = space.upper.pool
             pool.claim(held[pool.state[held] == FREE], RETIRED)
             space.cache.restore_session(session.id, bit, held)

@@ -126,7 +126,8 @@ class Service:
         lease = space.cache.resume(session.id, held)  # refuses what cannot be, before anything has changed
         if session.connection is not None:
             session.connection.close("the session was resumed on another connection")
-        session.known.clear()
+        closing = space.upper.pool.closing  # not given again, and to be unmapped yet
+        session.known = {ordinal: name for ordinal, name in session.known.items() if ordinal in closing}
         session.name = arguments["client"] or session.name
         self._join(session, connection)
         self._give_segments(session, [o for o in space.upper.segments if o not in space.upper.pool.closing])

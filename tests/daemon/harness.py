@@ -79,7 +79,16 @@ class Daemon:
 
     def command(self) -> list[str]:
         """The command line."""
-        serve = [sys.executable, "-m", "tierd", "serve", "--runtime-dir", f"{self.runtime}", "--state-dir", f"{self.state}"]
+        serve = [
+            sys.executable,
+            "-m",
+            "tierd",
+            "serve",
+            "--runtime-dir",
+            f"{self.runtime}",
+            "--state-dir",
+            f"{self.state}",
+        ]
         serve += ["--set", "metrics.listen=127.0.0.1:0", *self.flags]
         return [sys.executable, "-m", "tierd", "hold", "--", *serve] if self.held else serve
 

@@ -89,7 +89,9 @@ NOT_MESSAGES = {
 
 @pytest.mark.parametrize("hello", [False, True], ids=["before hello", "after hello"])
 @pytest.mark.parametrize("payload", NOT_MESSAGES.values(), ids=NOT_MESSAGES.keys())
-def test_a_frame_that_is_no_message_ends_its_connection_with_a_reason(served: Daemon, payload: bytes, hello: bool) -> None:
+def test_a_frame_that_is_no_message_ends_its_connection_with_a_reason(
+    served: Daemon, payload: bytes, hello: bool
+) -> None:
     """The error reply has id 0, says what was wrong, and the connection ends there."""
     last = answer_to(served, framed(payload) + encode({"id": 9, "verb": "stats"}), hello)[-1]
     assert (last["id"], last["ok"], last["error"]) == (0, False, "invalid")
@@ -365,7 +367,12 @@ def test_ranges_outside_of_a_lease_are_refused(served: Daemon) -> None:
         writing, _ = wire.place(hashes_of(3, 4))
         with pytest.raises(Invalid, match="5 blocks of a lease of 4"):
             wire.ask("commit", lease=writing, count=5)
-        assert wire.ask("commit", lease=writing, count=4) | {"id": 0} == {"id": 0, "ok": True, "committed": 4, "dropped": 0}
+        assert wire.ask("commit", lease=writing, count=4) | {"id": 0} == {
+            "id": 0,
+            "ok": True,
+            "committed": 4,
+            "dropped": 0,
+        }
         wire.ask("release", lease=reading)
 
 

@@ -1,6 +1,6 @@
 """A client process on strings: it does one step when told, and stops, is killed or forks wherever a test likes.
 
-`python -m tests.faults.puppet SOCKET [MODEL]` reads one JSON list (a method and its arguments) per line and answers with one JSON value.
+`python -m tests.faults.puppet SOCKET MODEL UID` (another user's id, or 0 for none) reads one JSON list (a method and its arguments) per line and answers with one JSON value.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.faults.content import chain, payload
-from tests.faults.house import ROOT, kill_process
+import numpy as np
+
+from tests.faults.content import chain, fill, payload, wrong
+from tests.faults.house import LAYOUT, ROOT, kill_process
 from tests.faults.raw import RawClient
 from tierd.block import split
+from tierd.client import Client
 from tierd.wire.messages import READING, WRITING
 
 
 class Puppet:
     """The test's end of a puppet: `do("store", "name", 8)` returns what `Stage.store` does."""
 
-    def __init__(self, path: Path, *steps: tuple[Any, ...], model: str = "faults") -> None:
-        command = [sys.executable, "-m", "tests.faults.puppet", str(path), model]
+    def __init__(self, path: Path, *steps: tuple[Any, ...], model: str = "faults", uid: int = 0) -> None:
+        command = [sys.executable, "-m", "tests.faults.puppet", str(path), model, str(uid)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for step in steps:
             self.do(*step)
@@ -58,8 +62,22 @@ class Stage:
     """What a puppet can do."""
 
     def __init__(self, path: Path, model: str) -> None:
-        self.client = RawClient(path, model)
+        self.path, self.model = path, model
         self.hashes, self.lease, self.told = b"", 0, [-1]
+
+    @cached_property
+    def client(self) -> RawClient:
+        """A client by hand."""
+        return RawClient(self.path, self.model)
+
+    @cached_property
+    def engine(self) -> Client:
+        """The library that engines use."""
+        return Client(self.path, model=self.model, layout=LAYOUT, deadline_seconds=5.0)
+
+    def connect(self) -> bool:
+        """Open a connection, and say nothing."""
+        return self.client.socket.fileno() >= 0
 
     def hello(self) -> int:
         """Open the session."""
@@ -95,7 +113,7 @@ class Stage:
         """The same without waiting for the answer."""
         self.client.send({"id": 77, "verb": "load", "lease": self.lease, "first": first, "count": count})
 
-    def wrong(self) -> int:
+    def spoiled(self) -> int:
         """How many of the slots that were told do not hold their blocks now."""
         pairs = zip(split(self.hashes), self.told, strict=False)
         size = self.client.layout.block_bytes
@@ -118,6 +136,19 @@ class Stage:
         """Lose the connection."""
         self.client.close()
 
+    def work(self, name: str, chains: int, blocks: int, flavour: int) -> list[int]:
+        """Load chains as an engine does and store what is missing; returns blocks had, of them wrong, and refused."""
+        had = bad = refused = 0
+        pool = np.empty((blocks, LAYOUT.block_bytes), np.uint8)
+        pages = list(range(blocks))
+        for number in range(chains):
+            hashes = chain(f"{name} {number}", blocks)
+            hits = self.engine.load(hashes, pool, pages)
+            had, bad = had + hits, bad + len(wrong(pool, hashes, hits, flavour))
+            fill(pool, hashes, flavour)
+            refused += self.engine.store(hashes, pool, pages).refused
+        return [had, bad, refused]
+
     def fork(self) -> int:
         """Leave a child that has the sockets and mappings open, and does nothing; returns its pid."""
         child = os.fork()
@@ -132,6 +163,10 @@ class Stage:
 def main() -> None:
     """Obey until standard input ends."""
     stage = Stage(Path(sys.argv[1]), sys.argv[2])
+    if uid := int(sys.argv[3]):
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         print(json.dumps(getattr(stage, name)(*arguments)), flush=True)

@@ -50,7 +50,9 @@ class RawClient:
     def resume(self, held: list[tuple[bytes, int, int]]) -> int:
         """Go on with the session on this connection; returns the lease on what is held."""
         old = {name: self.welcome[name] for name in ("session", "token", "namespace")}
-        reply = self.ask("resume", version=PROTOCOL_VERSION, held=pack_held(held), client="by hand", **old, **self._identity())
+        reply = self.ask(
+            "resume", version=PROTOCOL_VERSION, held=pack_held(held), client="by hand", **old, **self._identity()
+        )
         return int(reply["lease"])
 
     def lookup(self, hashes: bytes, parent: bytes = ROOT) -> tuple[int, int, list[int]]:
@@ -136,4 +138,3 @@ class RawClient:
             self.slots[entry["ordinal"]] = memory[: entry["slots"] * entry["slot_bytes"]].reshape(entry["slots"], -1)
             self.segments[entry["ordinal"]] = entry["segment"]
         os.close(slots)
-

@@ -16,7 +16,7 @@ from tests.faults.raw import RawClient
 FREE_SECONDS_MAX = 1.0
 BLOCKS = 100
 STEPS: dict[str, list[tuple[Any, ...]]] = {
-    "connected": [],
+    "connected": [("connect",)],
     "hello": [("hello",)],
     "looked up": [("hello",), ("lookup", "hot", BLOCKS)],
     "looked up what is below": [("hello",), ("lookup", "cold", BLOCKS)],

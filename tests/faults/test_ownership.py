@@ -43,12 +43,12 @@ def test_a_slow_reader_reads_its_blocks_over_a_restart_and_pressure(house: House
         assert puppet.do("lookup", "kept", BLOCKS) == [BLOCKS, BLOCKS]
         restart(house, client)
         chains = press(client, "others", PRESSURE_BLOCKS)
-        assert puppet.do("wrong") == 0
+        assert puppet.do("spoiled") == 0
         assert all(verify(client, hashes)[1] == 0 for hashes in chains)
         if how == "resumes":
             assert puppet.do("resume", "reading") > 0
             press(client, "more", PRESSURE_BLOCKS)
-            assert puppet.do("wrong") == 0
+            assert puppet.do("spoiled") == 0
         end(puppet, how, "reading")
         capacity_is_whole(house)
         nothing_is_held(house, client)
@@ -85,7 +85,7 @@ def test_a_holder_of_slots_survives_several_lives_of_the_daemon(house: House, cl
         for life in range(3):
             restart(house, client)
             press(client, f"life {life}", 2 * 254)
-        assert puppet.do("wrong") == 0
+        assert puppet.do("spoiled") == 0
         puppet.kill()
         nothing_is_held(house, client)
 

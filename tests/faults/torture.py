@@ -33,10 +33,14 @@ from tierd.errors import TierdError
 
 NAMESPACES = (0, 0, 1)
 """Of the workers."""
+IO_THREADS = "1"
+"""Of the daemon: what is asked for waits in line, so that a kill finds it in flight."""
 LIFE_SECONDS_MAX = 0.3
 LOADED_SHARE = 0.85
 """Of the lives that last until a client has come back, and so long on top."""
 BACK_SECONDS_MAX = 10.0
+AIMED_SHARE, AIM_SECONDS_MAX = 0.4, 0.5
+"""Of the kills that wait until slots of a tier are being filled."""
 RECOVERY_SHARE = 0.15
 """Of the kills that are aimed at a daemon that is not ready yet."""
 RECOVERY_SECONDS = 0.3
@@ -60,7 +64,9 @@ class Torture:
         self.ready_seconds_max = 0.0
         command = [sys.executable, "-m", "tests.faults.worker", str(house.socket)]
         self.workers = [
-            subprocess.Popen([*command, str(seed * 10 + number), str(namespace)], stdin=-1, stdout=-1, text=True, cwd=ROOT)
+            subprocess.Popen(
+                [*command, str(seed * 10 + number), str(namespace)], stdin=-1, stdout=-1, text=True, cwd=ROOT
+            )
             for number, namespace in enumerate(NAMESPACES)
         ]
 
@@ -88,6 +94,10 @@ class Torture:
         if self.random.random() < LOADED_SHARE:
             until(self.is_asked, "no client came back", BACK_SECONDS_MAX)
         time.sleep(self.random.uniform(0, LIFE_SECONDS_MAX))
+        if self.random.random() < AIMED_SHARE:
+            tier = self.random.choice(("cpu", "nvme"))
+            with suppress(AssertionError):
+                until(lambda: self.is_filling(tier), "nothing to aim at", AIM_SECONDS_MAX)
         remains, killed = self.kill()
         self.note("", remains)
         while self.random.random() < RECOVERY_SHARE:
@@ -101,6 +111,11 @@ class Torture:
         """Whether the present life has been asked for blocks."""
         status = self.house.status()
         return status is not None and any(status["lookup_blocks"].values())
+
+    def is_filling(self, tier: str) -> bool:
+        """Whether slots of a tier are being filled."""
+        status = self.house.status()
+        return status is not None and status["tiers"][tier]["slots"].get("filling", 0) > 0
 
     def kill(self) -> tuple[Remains, float]:
         """Stop the holder, kill the daemon, read what it left, let the holder go on; returns when the kill was, too."""
@@ -128,7 +143,9 @@ class Torture:
     def expect(self, remains: Remains, killed: float) -> None:
         """The new life is ready in time and has kept exactly what was whole and rooted."""
         while not self.hello():
-            assert time.monotonic() - killed < READY_SECONDS_MAX, f"not ready {READY_SECONDS_MAX} s after kill {self.kills}"
+            assert time.monotonic() - killed < READY_SECONDS_MAX, (
+                f"not ready {READY_SECONDS_MAX} s after kill {self.kills}"
+            )
             time.sleep(0.005)
         seconds = time.monotonic() - killed
         self.ready_seconds_max = max(self.ready_seconds_max, seconds)
@@ -136,7 +153,9 @@ class Torture:
         found = ADOPTED.search(life)  # nothing is said where nothing was found
         _, copies, _, damaged, stale = map(int, found.groups()) if found else (0, 0, 0, 0, 0)
         expected = sum(map(len, remains.survivors().values()))
-        assert (copies, damaged, stale) == (expected, 0, 0), f"kill {self.kills}: kept {copies} of {expected}, {damaged} damaged"
+        assert (copies, damaged, stale) == (expected, 0, 0), (
+            f"kill {self.kills}: kept {copies} of {expected}, {damaged} damaged"
+        )
         self.within_limits(self.house.wait_ready())
 
     def hello(self) -> bool:
@@ -157,7 +176,9 @@ class Torture:
     def within_limits(self, status: dict[str, Any]) -> None:
         """Bytes of each tier, by the daemon's account and by the file system's."""
         for name, tier in status["tiers"].items():
-            assert tier["used_bytes"] <= tier["limit_bytes"], f"{name} uses {tier['used_bytes']} of {tier['limit_bytes']} bytes"
+            assert tier["used_bytes"] <= tier["limit_bytes"], (
+                f"{name} uses {tier['used_bytes']} of {tier['limit_bytes']} bytes"
+            )
         on_disk = sum(file.stat().st_size for file in (self.house.state / "nvme").rglob("*.segment*") if file.exists())
         limit = status["tiers"]["nvme"]["limit_bytes"]
         assert on_disk <= limit, f"{on_disk} bytes on disk, the limit is {limit}"
@@ -172,6 +193,7 @@ class Torture:
         for name, tier in status["tiers"].items():
             segments = tier["used_bytes"] // (4 << 20)
             assert sum(tier["slots"].values()) == segments * 127, f"slots of {name} are lost: {tier}"
+        assert status["checksum_failures"] == 0, "a block was ready in a file before its bytes were there"
         assert not self.house.errors(), f"the daemon's log shows bugs: {self.house.log.read_text()[-5000:]}"
         self.checks += 1
         if idle_kill:
@@ -210,18 +232,24 @@ class Torture:
                 if reply["lease"]:
                     client.ask("release", lease=reply["lease"])
                 found = reply["tiers"]["cpu"] + reply["tiers"]["nvme"]
-                least, most = (prefix(name, hashes, kept) for kept in (survivors["nvme"], set().union(*survivors.values())))
+                least, most = (
+                    prefix(name, hashes, kept) for kept in (survivors["nvme"], set().union(*survivors.values()))
+                )
                 assert found <= most, f"{found} blocks of a chain are found again, {most} were left"
                 missing += max(0, least - found)
                 self.blocks_found += found
             client.ask("bye")
             client.close()
-        evicted = sum(number for kind, number in self.house.wait_ready()["evicted_blocks"].items() if kind.startswith("nvme"))
+        evicted = sum(
+            number for kind, number in self.house.wait_ready()["evicted_blocks"].items() if kind.startswith("nvme")
+        )
         assert missing <= SHARED_BY * evicted, f"{missing} blocks are not found again, {evicted} were evicted since"
 
     def __str__(self) -> str:
         width = 40
-        lines = [f"{self.kills} kills, {self.moving} with transfers in flight, ready again in at most {self.ready_seconds_max:.2f} s"]
+        lines = [
+            f"{self.kills} kills, {self.moving} with transfers in flight, ready again in at most {self.ready_seconds_max:.2f} s"
+        ]
         lines += [f"{self.checks} checks, {self.blocks_found} blocks looked for and found"]
         for place in PLACES:
             count = self.places[place]
@@ -249,7 +277,7 @@ def main() -> None:
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tierd-", dir="/tmp")))
-        house = stack.enter_context(House(folder, nvme__io_threads="1"))
+        house = stack.enter_context(House(folder, nvme__io_threads=IO_THREADS))
         torture = Torture(house, options.seed)
         stack.callback(torture.close)
         started = time.monotonic()

@@ -1,8 +1,6 @@
-"""The cache against a naive model: any sequence of requests, transfers, faults and lives, from clients that copy when
-they like.
+"""The cache against a naive model: any sequence of requests, transfers, faults and lives.
 
-`World` compares every answer with the model; here are only the steps, and the rule that everything is checked after
-each of them.
+`World` compares every answer with the model; here are only the steps, and that everything is checked after each.
 """
 
 from __future__ import annotations
@@ -127,7 +125,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.clients)
     @rule(pick=PICK)
     def write(self, pick: int) -> None:
-        """A client copies into all that it believes to be its own to write, also while the daemon does not hear of it."""
+        """A client copies into all that it believes to be its own to write, also while the daemon is away."""
         clients = list(self.world.clients.values())
         clients[pick % len(clients)].write()
 

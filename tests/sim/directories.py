@@ -32,7 +32,7 @@ class Segment:
 
 
 def rows_of(segments: dict[int, Segment], slots: int) -> Rows:
-    """What a scan finds in a tier's segments (by ordinal), with everything else reset, as a daemon does when it starts."""
+    """What a scan finds in a tier's segments (by ordinal); all else is reset, as a daemon does when it starts."""
     scans = [(ordinal, segment.directory.scan()) for ordinal, segment in segments.items()]
     for ordinal, scan in scans:
         segments[ordinal].directory.reset(scan.spare)

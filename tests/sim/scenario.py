@@ -1,6 +1,8 @@
-"""One seeded life of a small cache under pressure: clients with prompts that share prefixes, slow ones and killed ones,
-transfers that
-end in any order and fail, segments that change hands, and daemons that die."""
+"""One seeded life of a small cache under pressure.
+
+Clients have prompts that share prefixes, are slow or get killed; transfers end in any order and fail; segments change
+hands; daemons die.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,12 @@ class Scenario:
         self.world = World(choice((1, 2, 3, 4)), lower, choice((4, 8, 16)), choice((0.1, 0.25, 0.5, 1.0)))
         self.prompts: list[tuple[int, ...]] = []
         self.steps = {
-            self._open: 2, self._kill: 1, self._read: 12, self._fill: 12, self._lookup: 5, self._load: 8, self._release: 8,
-            self._store: 5, self._commit: 8, self._abort: 2, self._write: 3, self._prefetch: 4, self._resume: 4,
-            self._write_back: choice((4, 20, 40)), self._finish: choice((6, 25, 60)), self._collect: 4,
-            self._vacate: 0 if self.mild else choice((0, 1, 6)), self._grow: choice((0.3, 3)),
-            self._restart: choice((0, 0.3, 1)),
-        }  # fmt: skip
+            **{self._read: 12, self._fill: 12, self._lookup: 5, self._load: 8, self._release: 8, self._prefetch: 4},
+            **{self._store: 5, self._commit: 8, self._abort: 2, self._write: 3},
+            **{self._open: 2, self._kill: 1, self._resume: 4, self._restart: choice((0, 0.3, 1))},
+            **{self._write_back: choice((4, 20, 40)), self._finish: choice((6, 25, 60))},
+            **{self._vacate: 0 if self.mild else choice((0, 1, 6)), self._collect: 4, self._grow: choice((0.3, 3))},
+        }
 
     def run(self, steps: int) -> None:
         """Play, check after every step, and see at the end that everything comes to rest."""

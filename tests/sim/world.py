@@ -308,7 +308,7 @@ class World:
         to, there = self._place(target, int(transfer.target_slots[at]))
         if code == OK:
             to.content[there] = block
-            self._landed[block, target] = int(transfer.target_slots[at])
+            self._landed.add(((block, target), int(transfer.target_slots[at])))
         elif code == MISMATCH:
             segment.content[index] = SOILED
         if target == LOWER:
@@ -346,6 +346,8 @@ class World:
             if there:
                 self._arrive(transfer, at, OK)
         self.gaps |= bool(flying) or bool(self.cache.transfers)
+        if self.cache.lower and self.cache.lower.counts()["retired"]:
+            self.gaps = True  # what left the tree, but was still read, is on the medium
         self.note_recency()
         if not keeps_memory:
             self.gaps = True
@@ -364,7 +366,7 @@ class World:
 
     def _start(self, segments: list[dict[int, Segment]]) -> None:
         self.running = []
-        self._landed: dict[tuple[bytes, int], int] = {}
+        self._landed: set[tuple[tuple[bytes, int], int]] = set()
         self.segments: list[dict[int, Segment]] = [{}, {}]
         lower = Pool(self.slots) if self.tiers == 2 else None
         self.cache = Cache(Pool(self.slots), lower, window_share=self.window_share, seed=7)
@@ -387,9 +389,10 @@ class World:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def settle(self, evicts: set[int] = frozenset(), adds: dict[tuple[bytes, int], int] | None = None) -> None:  # type: ignore[assignment]
-        """Take over what was planned, and compare the tree with the model: copies go only from tiers that may evict,
-        and come
-        only from where bytes were written."""
+        """Take over what was planned, and compare the tree with the model.
+
+        Copies go only from tiers that may evict, and come only from where bytes were written.
+        """
         for transfer in self.cache.planned:
             target = TIERS.index(transfer.target)
             for slot in transfer.target_slots.tolist():
@@ -407,7 +410,7 @@ class World:
         }
         gone = {(b, t) for b, at in self.where.items() for t in at if t not in tree.get(b, {})}
         assert {tier for _, tier in gone} <= set(evicts), "copies are gone from a tier that had no reason to evict"
-        assert come.items() <= (self._landed | (adds or {})).items(), "copies came from nowhere"
+        assert come.items() <= self._landed | (adds or {}).items(), "copies came from nowhere"
         self.where = tree
 
     def check(self, deep: bool = True) -> None:

@@ -11,12 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tierd.bench import machine, report
 from tierd.bench.echo import Echo
 from tierd.bench.prompts import BLOCKS_MAX, KINDS
-from tierd.bench.raw import RawFile
+from tierd.bench.raw import RawFile, in_huge_pages
 from tierd.bench.scratch import LAYOUTS, READY_SECONDS_MAX, scratch_daemon, scratch_folder
 from tierd.block import HASH_BYTES
 from tierd.cli import USAGE
@@ -129,12 +130,17 @@ def test_a_bare_round_trip_carries_as_many_bytes_as_it_is_told() -> None:
 
 
 def test_raw_access_reaches_every_block_of_its_file(tmp_path: Path) -> None:
-    """What a batch wrote is in the file at the batch's place, around the end of the file too."""
-    with RawFile(tmp_path / "raw", blocks=6, block_bytes=4096, batch=4, threads=2) as raw:
-        assert raw.write() > 0 and raw.read() > 0
-    content = (tmp_path / "raw").read_bytes()
-    assert len(content) == 6 * 4096
-    assert len({content[at : at + 4096] for at in range(0, len(content), 4096)}) >= 4
+    """What is written goes behind what was written before, around the end of the file too, and is read from there."""
+    memory, other = in_huge_pages(4, 4096), in_huge_pages(4, 4096)
+    with RawFile(tmp_path / "raw", blocks=6, filling=memory, threads=2) as raw:  # eight of six: two are left to the end
+        memory[:] = np.arange(2, 6, dtype=np.uint8)[:, None]
+        assert raw.write(memory) > 0
+        memory[:2] += 4
+        assert raw.write(memory[:2]) > 0
+        assert raw.read(other) > 0
+    content = np.fromfile(tmp_path / "raw", np.uint8).reshape(6, 4096)
+    assert content[:, 0].tolist() == [6, 7, 2, 3, 4, 5] and (content == content[:, :1]).all()
+    assert other[:, 0].tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("kind", KINDS)

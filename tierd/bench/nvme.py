@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from tierd.bench.raw import RawFile
+from tierd.bench.raw import RawFile, in_huge_pages
 from tierd.bench.report import Column, Result, Row, Task, at_least, share, size, speed
 from tierd.bench.scratch import LAYOUTS, Daemon, scratch_daemon, scratch_folder
 from tierd.block import HASH_BYTES
 from tierd.client import Client
 from tierd.clock import monotonic_seconds
 from tierd.errors import Busy
+from tierd.layout import Namespace
+from tierd.tiers.host import HostSegment
 from tierd.values import KIB, MIB
 
 BLOCK_BYTES = (64 * KIB, 360 * KIB, 2 * MIB)
@@ -37,7 +41,7 @@ DEADLINE_SECONDS = 30.0
 
 def run(task: Task) -> Result:
     """Measure every block size."""
-    rows, io = [], {"engine": "none", "path": "none"}
+    rows, io = [], {"engine": "none", "path": "none", "memory": "none"}
     for block_bytes in BLOCK_BYTES:
         task.say(f"nvme: {size(block_bytes)}")
         row, io = measure(task, block_bytes)
@@ -51,11 +55,13 @@ def run(task: Task) -> Result:
     notes = [
         f"raw: preadv and pwritev with O_DIRECT, {IO_THREADS} threads with a list of blocks each, same directory",
         "write: from the store until sync has answered; read: load of chains that are in nvme only",
+        f"raw's memory is of the same kind as the cpu tier's slots: {io['memory']}; huge: raw with memory in huge pages",
         f"medians of {rows[0]['rounds']} interleaved rounds of {size(rows[0]['bytes_per_round'])}",
     ]
     if io["path"] != "direct":
         notes.append(f"this file system does not take O_DIRECT (io path {io['path']}): the page cache was measured")
-    return Result("nvme", rows, COLUMNS, verdicts, notes, {"io_engine": io["engine"], "io_path": io["path"]})
+    facts = {"io_engine": io["engine"], "io_path": io["path"], "slot_pages": io["memory"]}
+    return Result("nvme", rows, COLUMNS, verdicts, notes, facts)
 
 
 def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
@@ -63,10 +69,13 @@ def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
     blocks = (8 * MIB if task.quick else 256 * MIB) // block_bytes
     chain_bytes = blocks * block_bytes
     segment_bytes = (4 if task.quick else 64) * MIB
-    needed_bytes = 2 * NVME_CHAINS * chain_bytes
+    layout = LAYOUTS[block_bytes]
+    slots = HostSegment.create(Namespace("bench", "raw", layout), chain_bytes + segment_bytes, epoch=1)
+    shared, huge = slots.slots[:blocks, :block_bytes], in_huge_pages(blocks, block_bytes)
+    shared[:] = 1
     with (
-        scratch_folder(task.directory, needed_bytes) as folder,
-        RawFile(folder / "raw", NVME_CHAINS * blocks, block_bytes, blocks, IO_THREADS) as raw,
+        scratch_folder(task.directory, 2 * NVME_CHAINS * chain_bytes) as folder,
+        RawFile(folder / "raw", NVME_CHAINS * blocks, huge, IO_THREADS) as raw,
         scratch_daemon(
             task.directory,
             cpu__bytes=fitting(CPU_CHAINS * chain_bytes, segment_bytes),
@@ -75,18 +84,25 @@ def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
             nvme__segment_bytes=segment_bytes,
             nvme__io_threads=IO_THREADS,
         ) as daemon,
-        Client(daemon.socket, model="bench", layout=LAYOUTS[block_bytes], deadline_seconds=DEADLINE_SECONDS) as client,
+        Client(daemon.socket, model="bench", layout=layout, deadline_seconds=DEADLINE_SECONDS) as client,
     ):
         chains = Chains(daemon, client, blocks, block_bytes)
         for _ in range(NVME_CHAINS):
             chains.write()
         chains.read()
-        calls = {"raw_write": raw.write, "write": chains.write, "raw_read": raw.read, "read": chains.read}
+        calls: dict[str, Callable[[], float]] = {
+            "raw_write": partial(raw.write, shared),
+            "write": chains.write,
+            "raw_huge_write": partial(raw.write, huge),
+            "raw_read": partial(raw.read, shared),
+            "read": chains.read,
+            "raw_huge_read": partial(raw.read, huge),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(2 if task.quick else ROUNDS):
             for name, call in calls.items():
                 seconds[name].append(call())
-        io = daemon.status()["io"]
+        io = daemon.status()["io"] | {"memory": slots.page_kind}
     row: dict[str, Any] = {"block_bytes": block_bytes, "io_engine": io["engine"], "io_threads": IO_THREADS}
     for name, taken in seconds.items():
         row[f"{name}_bytes_per_second"] = chain_bytes / median(taken)
@@ -151,10 +167,12 @@ COLUMNS = (
     Column("io engine", lambda row: str(row["io_engine"])),
     Column("write", lambda row: speed(row["write_bytes_per_second"])),
     Column("raw write", lambda row: speed(row["raw_write_bytes_per_second"])),
+    Column("huge", lambda row: speed(row["raw_huge_write_bytes_per_second"])),
     Column("write / raw", lambda row: share(row["write_ratio"])),
     Column("pairwise", lambda row: share(row["write_ratio_pairwise"])),
     Column("read", lambda row: speed(row["read_bytes_per_second"])),
     Column("raw read", lambda row: speed(row["raw_read_bytes_per_second"])),
+    Column("huge", lambda row: speed(row["raw_huge_read_bytes_per_second"])),
     Column("read / raw", lambda row: share(row["read_ratio"])),
     Column("pairwise", lambda row: share(row["read_ratio_pairwise"])),
 )

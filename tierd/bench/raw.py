@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,30 +17,25 @@ from numpy.typing import NDArray
 from tierd.clock import monotonic_seconds
 from tierd.tiers.io.posix import open_direct
 
-Blocks = NDArray[np.int64]
+Blocks = NDArray[Any]
+"""uint8 `[blocks, block_bytes]`, page aligned."""
 
 
 class RawFile:
-    """A file of `blocks` blocks, each written once already, and memory for `batch` of them; a context manager.
+    """A preallocated file of `blocks` blocks, each of them written once; a context manager.
 
     `direct` is False where the file system refuses O_DIRECT and the page cache is measured instead.
     """
 
-    def __init__(self, path: Path, blocks: int, block_bytes: int, batch: int, threads: int) -> None:
-        self._blocks, self._block_bytes, self._batch, self._threads = blocks, block_bytes, batch, threads
+    def __init__(self, path: Path, blocks: int, filling: Blocks, threads: int) -> None:
+        self._blocks, self._threads = blocks, threads
         path.touch(0o600)
         self._descriptor, self.direct = open_direct(path)
-        os.posix_fallocate(self._descriptor, 0, blocks * block_bytes)
-        memory = mmap.mmap(-1, batch * block_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # huge pages make one long transfer out of a block; tierd's slots have them too
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = memoryview(memory)
-        rows = np.frombuffer(self._memory, np.uint64)
-        rows[:] = np.arange(len(rows), dtype=np.uint64)
+        os.posix_fallocate(self._descriptor, 0, blocks * filling.shape[1])
         self._pool = ThreadPoolExecutor(threads)
         self._next = 0
-        for _ in range(-(-blocks // batch)):
-            self.write()
+        for _ in range(-(-blocks // len(filling))):
+            self.write(filling)
 
     def __enter__(self) -> RawFile:
         return self
@@ -50,28 +46,37 @@ class RawFile:
         self._pool.shutdown()
         os.close(self._descriptor)
 
-    def write(self) -> float:
-        """Seconds to write one batch."""
-        return self._move(os.pwritev)
+    def write(self, memory: Blocks) -> float:
+        """Seconds to write these blocks to the next places of the file, around its end to its start."""
+        return self._move(os.pwritev, memory)
 
-    def read(self) -> float:
-        """Seconds to read one batch, of other blocks than the last call's."""
-        return self._move(os.preadv)
+    def read(self, memory: Blocks) -> float:
+        """Seconds to fill this memory from the next places of the file."""
+        return self._move(os.preadv, memory)
 
-    def _move(self, call: Callable[[int, list[memoryview], int], int]) -> float:
-        """The next `batch` blocks of the file, around its end to its start: consecutive ones to each thread."""
-        places = (self._next + np.arange(self._batch)) % self._blocks
-        self._next = (self._next + self._batch) % self._blocks
-        shares = np.array_split(np.arange(self._batch), self._threads)
+    def _move(self, call: Callable[[int, list[memoryview], int], int], memory: Blocks) -> float:
+        """Consecutive blocks to each thread, one call after the other."""
+        places = (self._next + np.arange(len(memory))) % self._blocks
+        self._next = (self._next + len(memory)) % self._blocks
 
-        def move(rows: Blocks) -> None:
+        def move(rows: NDArray[np.intp]) -> None:
             for row, place in zip(rows.tolist(), places[rows].tolist(), strict=True):
-                part = self._memory[row * self._block_bytes : (row + 1) * self._block_bytes]
-                offset = place * self._block_bytes
+                part, offset = memoryview(memory[row]), place * memory.shape[1]
                 while len(part):
                     moved = call(self._descriptor, [part], offset)
                     part, offset = part[moved:], offset + moved
 
+        shares = np.array_split(np.arange(len(memory)), self._threads)
         started = monotonic_seconds()
         list(self._pool.map(move, shares))
         return monotonic_seconds() - started
+
+
+def in_huge_pages(blocks: int, block_bytes: int) -> Blocks:
+    """Memory with all its pages present, huge ones if the kernel has them: they make one long transfer of a block."""
+    memory = mmap.mmap(-1, blocks * block_bytes, mmap.MAP_ANONYMOUS | mmap.MAP_PRIVATE)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    rows = np.frombuffer(memory, np.uint8).reshape(blocks, block_bytes)
+    rows[:] = 1
+    return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from tierd.bench.machine import last_level_cache_bytes
 from tierd.bench.report import Column, Result, Row, Task, at_least, share, size, speed
 from tierd.bench.scratch import LAYOUTS, Daemon, scratch_daemon
-from tierd.block import HASH_BYTES
+from tierd.block import HASH_BYTES, ROOT
 from tierd.client import Client
+from tierd.client.store import BATCH_BLOCKS, BATCH_BYTES
 from tierd.clock import monotonic_seconds
 from tierd.errors import Busy
 from tierd.values import GIB, KIB, MIB
@@ -30,7 +32,7 @@ RATIO_MIN = 0.8
 ROUNDS = 15
 CACHES = 4
 """The working set is at least this many last-level caches."""
-BATCH_BLOCKS = 32
+CALL_BLOCKS = 32
 CHAINS_BETWEEN = 2
 """A chain is loaded when this many younger ones have been stored."""
 SEGMENT_BYTES = 64 * MIB
@@ -42,24 +44,23 @@ Pages = NDArray[np.int64]
 
 
 def run(task: Task) -> Result:
-    """Measure every block size with every number of copying threads, and once more with write-back."""
+    """Measure every block size as a client does it by default; variants: threads, short calls, write-back."""
     rows = []
     for block_bytes in BLOCK_BYTES:
-        variants = []
-        for threads in THREADS:
-            task.say(f"transfer: {size(block_bytes)}, {threads} threads")
-            variants.append(measure(task, block_bytes, threads))
-        task.say(f"transfer: {size(block_bytes)}, with write-back")
-        variants.append(measure(task, block_bytes, default_threads(block_bytes), write_back=True))
-        head = next(row for row in variants if row["copy_threads"] == default_threads(block_bytes))
-        rows.append({**head, "variants": [row for row in variants if row is not head]})
+        task.say(f"transfer: {size(block_bytes)}")
+        default = default_threads(block_bytes)
+        head = measure(task, block_bytes, default)
+        variants = [measure(task, block_bytes, default, call_blocks=CALL_BLOCKS)]
+        variants += [measure(task, block_bytes, other) for other in THREADS if other != default and not task.quick]
+        variants.append(measure(task, block_bytes, default, write_back=True))
+        rows.append({**head, "variants": variants})
     verdicts = [
         at_least(f"{size(row['block_bytes'])}, {verb} / memcpy", row[f"{verb}_ratio"], RATIO_MIN)
         for row in rows
         for verb in ("store", "load")
     ]
     notes = [
-        f"{BATCH_BLOCKS} blocks a batch, commits and leases included; the first row of a size is the client's default",
+        "a call copies all blocks of a round unless it says how many; commits and leases are included",
         f"memcpy: np.copyto per block, same threads; pools of {size(rows[0]['bytes_per_round'])}, shuffled, prefaulted",
         f"medians of {rows[0]['rounds']} interleaved rounds; every store evicts; nvme is off unless write-back is on",
     ]
@@ -71,15 +72,21 @@ def default_threads(block_bytes: int) -> int:
     return Client("/nonexistent", model="bench", layout=LAYOUTS[block_bytes]).copier.threads
 
 
+def batch_blocks(block_bytes: int, call_blocks: int) -> int:
+    """How many blocks a client stores with one request."""
+    batch = max(BATCH_BLOCKS, BATCH_BYTES // block_bytes)
+    return min(batch, call_blocks) if call_blocks else batch
+
+
 def pool_bytes(task: Task, block_bytes: int) -> int:
     """Bytes of each pool: whole batches, more than CACHES caches."""
-    batch_bytes = BATCH_BLOCKS * block_bytes
+    batch_bytes = CALL_BLOCKS * block_bytes
     wanted = batch_bytes if task.quick else CACHES * last_level_cache_bytes()
     return -(-wanted // batch_bytes) * batch_bytes
 
 
-def measure(task: Task, block_bytes: int, threads: int, write_back: bool = False) -> Row:
-    """One row: bytes per second of store, load and memcpy."""
+def measure(task: Task, block_bytes: int, threads: int, call_blocks: int = 0, write_back: bool = False) -> Row:
+    """One row: bytes per second of store, load and memcpy; `call_blocks` in each call of the client, 0: all."""
     chain_bytes = pool_bytes(task, block_bytes)
     # Room for all chains that are stored or loaded between the store and the load of one, and not for many more.
     tier_bytes = max((2 * CHAINS_BETWEEN + 4) * chain_bytes, 0 if task.quick else GIB)
@@ -96,7 +103,7 @@ def measure(task: Task, block_bytes: int, threads: int, write_back: bool = False
             deadline_seconds=DEADLINE_SECONDS,
             copy_threads=threads,
         ) as client,
-        Copies(client, chain_bytes // block_bytes, block_bytes, threads) as copies,
+        Copies(client, chain_bytes // block_bytes, block_bytes, threads, call_blocks) as copies,
     ):
         for _ in range(tier_bytes // chain_bytes + 2):  # until it evicts, and the client has touched every page
             copies.store()
@@ -108,7 +115,13 @@ def measure(task: Task, block_bytes: int, threads: int, write_back: bool = False
             if write_back:
                 daemon.sync(SYNC_SECONDS_MAX)
         facts = evictions(daemon)
-    row: dict[str, Any] = {"block_bytes": block_bytes, "copy_threads": threads, "write_back": write_back}
+    row: dict[str, Any] = {
+        "block_bytes": block_bytes,
+        "batch_blocks": batch_blocks(block_bytes, call_blocks),
+        "call_blocks": call_blocks or chain_bytes // block_bytes,
+        "copy_threads": threads,
+        "write_back": write_back,
+    }
     for name in ("store", "load", "memcpy"):
         row[f"{name}_bytes_per_second"] = chain_bytes / median(seconds[name])
     for name in ("store", "load"):
@@ -120,7 +133,6 @@ def measure(task: Task, block_bytes: int, threads: int, write_back: bool = False
         **row,
         "rounds": len(seconds["load"]),
         "bytes_per_round": chain_bytes,
-        "batch_blocks": BATCH_BLOCKS,
         **facts,
     }
 
@@ -133,8 +145,9 @@ def evictions(daemon: Daemon) -> dict[str, int]:
 class Copies:
     """Two pools of `blocks` pages each, and the three ways to copy all blocks of one; each returns its seconds."""
 
-    def __init__(self, client: Client, blocks: int, block_bytes: int, threads: int) -> None:
+    def __init__(self, client: Client, blocks: int, block_bytes: int, threads: int, call_blocks: int) -> None:
         self._client, self._blocks, self._threads = client, blocks, threads
+        self._call_blocks = call_blocks or blocks
         self._order = np.random.default_rng(1)
         numbers = np.arange(blocks * block_bytes // 8, dtype=np.uint64).reshape(blocks, -1)
         self._source = numbers.view(np.uint8)
@@ -163,10 +176,12 @@ class Copies:
         """A new chain from the source pool."""
         hashes, pages = os.urandom(self._blocks * HASH_BYTES), self._pages()
         started = monotonic_seconds()
-        stored = self._client.store(hashes, self._source, pages)
+        stored = 0
+        for parent, part, some in self._calls(hashes, pages):
+            stored += self._client.store(part, self._source, some, parent).stored
         seconds = monotonic_seconds() - started
-        if stored.stored != self._blocks:
-            raise Busy(f"only {stored.stored} of {self._blocks} blocks were stored: the scratch daemon is overloaded")
+        if stored != self._blocks:
+            raise Busy(f"only {stored} of {self._blocks} blocks were stored: the scratch daemon is overloaded")
         self._chains.append((hashes, pages))
         return seconds
 
@@ -175,13 +190,23 @@ class Copies:
         hashes, stored_from = self._chains[0]
         pages = self._pages()
         started = monotonic_seconds()
-        loaded = self._client.load(hashes, self._target, pages)
+        loaded = 0
+        for parent, part, some in self._calls(hashes, pages):
+            loaded += self._client.load(part, self._target, some, parent)
         seconds = monotonic_seconds() - started
         if loaded != self._blocks:
             raise Busy(f"only {loaded} of {self._blocks} blocks were hits: the scratch daemon is overloaded")
         for at in (0, -1):
             assert np.array_equal(self._target[pages[at]], self._source[stored_from[at]]), "a hit with wrong bytes"
         return seconds
+
+    def _calls(self, hashes: bytes, pages: Pages) -> Iterator[tuple[bytes, bytes, Pages]]:
+        """A chain as the client's calls get it: (parent, hashes, pages)."""
+        parent = ROOT
+        for first in range(0, self._blocks, self._call_blocks):
+            part = hashes[first * HASH_BYTES : (first + self._call_blocks) * HASH_BYTES]
+            yield parent, part, pages[first : first + self._call_blocks]
+            parent = part[-HASH_BYTES:]
 
     def _pages(self) -> Pages:
         return self._order.permutation(self._blocks)
@@ -193,6 +218,8 @@ class Copies:
 
 COLUMNS = (
     Column("block", lambda row: size(row["block_bytes"])),
+    Column("call", lambda row: f"{row['call_blocks']} blocks"),
+    Column("batch", lambda row: str(row["batch_blocks"])),
     Column("threads", lambda row: str(row["copy_threads"])),
     Column("write-back", lambda row: "on" if row["write_back"] else "off"),
     Column("store", lambda row: speed(row["store_bytes_per_second"])),

@@ -103,7 +103,7 @@ class WriteBack:
         writable = (todo & (upper >= 0))[first : first + blocks_max]
         count = len(writable) if writable.all() else int(writable.argmin())
         if not count:
-            self._counters["write_back_orphans",] += int(todo.sum())
+            self._counters["write_back_orphans",] += int((todo & (upper >= 0)).sum())
             return False
         targets = self._room.take(LOWER, count, behind=path[-1])
         if not len(targets):

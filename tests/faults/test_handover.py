@@ -1,0 +1,74 @@
+"""Memory changes hands only when nobody maps it any more, over the daemon's death too, and none is forgotten."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.faults.content import chain
+from tests.faults.house import House, until
+from tests.faults.pressure import press, store
+from tests.faults.puppet import Puppet
+from tests.faults.raw import RawClient
+from tierd.adopt import adopt
+from tierd.errors import Busy
+
+BLOCKS = 200
+"""More than one of the two segments has."""
+
+
+def memory_bytes(pids: list[int]) -> int:
+    """Bytes of all memory segments that these processes map, each counted once."""
+    segments: dict[str, int] = {}
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/map_files").iterdir():
+            with suppress(FileNotFoundError):  # unmapped just now
+                target, stat = os.readlink(link), os.stat(link)
+                if target.startswith("/memfd:tierd-"):
+                    segments[f"{target} {stat.st_ino}"] = stat.st_size
+    return sum(segments.values())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_memory_that_a_client_maps_is_not_given_away(house: House, when: str) -> None:
+    """Another namespace waits for it, whether the client was attached by this life of the daemon or an earlier one."""
+    with Puppet(house.socket, ("hello",)) as puppet:
+        slots = puppet.do("store", "mapped", BLOCKS)
+        puppet.do("fill", 0, BLOCKS)
+        puppet.do("commit")
+        assert max(slots) >= 127
+        house.sync()
+        if when == "after":
+            house.kill()
+            house.wait_ready()
+        other = RawClient(house.socket, model="other")
+        other.hello()
+        with pytest.raises(Busy):
+            other.ask("store", hashes=chain("other", 8), deadline_ms=300)
+        assert memory_bytes([house.child(), puppet.process.pid]) <= 8 << 20
+        puppet.kill()
+        until(lambda: can_store(other), "the memory of a dead client does not change hands")
+        press(other, "other", 64)
+        assert memory_bytes([house.child()]) <= 8 << 20
+
+
+def can_store(client: RawClient) -> bool:
+    """Whether there is memory for the client's namespace."""
+    try:
+        return store(client, chain("other", 8)) == 0
+    except Busy:
+        return False
+
+
+def test_half_a_segment_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that died while it gave a segment up leaves one descriptor with the holder: its memory is given back."""
+    removed: list[str] = []
+    monkeypatch.setattr("tierd.systemd.remove", lambda name: removed.append(name) or True)
+    half = os.memfd_create("half")
+    adopt([], {"segment-00-slots": [half]}, lambda namespace: pytest.fail("nothing can be adopted"), 0)
+    assert removed == ["segment-00-slots"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(half)
