@@ -93,7 +93,11 @@ async def serve(config: Config) -> int:
         logger.info(
             "ready", version=__version__, socket=server.socket, io=path[0], path=path[1], previous=previous, seconds=seconds
         )
-        await stop.wait()
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({stopped, background}, return_when=asyncio.FIRST_COMPLETED)
+        if background.done():
+            stopped.cancel()
+            background.result()  # a bug: crash, and let the next life recover
         systemd.stopping()
         logger.info("draining", unwritten=keeper.unwritten())
         service.drain()

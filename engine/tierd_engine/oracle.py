@@ -77,7 +77,7 @@ def compare(reference: torch.nn.Module, plain: LLM, tiered: LLM, prompt: list[in
 def greedy(model: torch.nn.Module, tokens: list[int]) -> list[int]:
     """What transformers itself generates."""
     with torch.inference_mode():
-        output = model.generate(torch.tensor([tokens]), max_new_tokens=NEW_TOKENS, do_sample=False)  # type: ignore[operator]
+        output = model.generate(torch.tensor([tokens]), max_new_tokens=NEW_TOKENS, do_sample=False)
     answer: list[int] = output[0, len(tokens) :].tolist()
     return answer
 

@@ -89,9 +89,7 @@ NOT_MESSAGES = {
 
 @pytest.mark.parametrize("hello", [False, True], ids=["before hello", "after hello"])
 @pytest.mark.parametrize("payload", NOT_MESSAGES.values(), ids=NOT_MESSAGES.keys())
-def test_a_frame_that_is_no_message_ends_its_connection_with_a_reason(
-    served: Daemon, payload: bytes, hello: bool
-) -> None:
+def test_a_frame_that_is_no_message_ends_its_connection_with_a_reason(served: Daemon, payload: bytes, hello: bool) -> None:
     """The error reply has id 0, says what was wrong, and the connection ends there."""
     last = answer_to(served, framed(payload) + encode({"id": 9, "verb": "stats"}), hello)[-1]
     assert (last["id"], last["ok"], last["error"]) == (0, False, "invalid")

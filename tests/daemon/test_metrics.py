@@ -127,9 +127,7 @@ def test_no_counter_ever_goes_down(start: Start) -> None:
                 wire.store(hashes_of(10 * turn + seed, 50))
             wire.load(hashes_of(10 * turn, 50))
             daemon.ask("sync", deadline_ms=10_000)
-        counters = {
-            name: value for name, value in daemon.metrics().items() if re.search("_(total|count|sum|bucket)", name)
-        }
+        counters = {name: value for name, value in daemon.metrics().items() if re.search("_(total|count|sum|bucket)", name)}
         assert all(counters[name] >= value for name, value in highest.items())
         highest = counters
     assert total(highest, "tierd_segment_handovers_total") > 0
@@ -215,8 +213,6 @@ def test_status_as_json_is_the_admin_reply(daemon: Daemon) -> None:
         reply = daemon.status()
     assert printed.keys() == reply.keys() - {"id", "ok"}
     volatile = {"uptime_seconds", "unwritten_runs", "tiers", "namespaces"}
-    assert {key: printed[key] for key in printed.keys() - volatile} == {
-        key: reply[key] for key in printed.keys() - volatile
-    }
+    assert {key: printed[key] for key in printed.keys() - volatile} == {key: reply[key] for key in printed.keys() - volatile}
     assert printed["tiers"]["cpu"]["slots"]["ready"] == 50
     assert printed["namespaces"][0]["blocks"] == 50

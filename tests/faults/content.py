@@ -23,9 +23,7 @@ def chain(name: str, blocks: int, parent: bytes = ROOT) -> bytes:
 
 def payload(block_hash: bytes, block_bytes: int, flavour: int = 0) -> NDArray[np.uint8]:
     """The block of that hash (and flavour): every word differs by its place, so a shifted or foreign part is seen too."""
-    seed = int.from_bytes(
-        hashlib.blake2b(block_hash, digest_size=8, salt=flavour.to_bytes(8, "little")).digest(), "little"
-    )
+    seed = int.from_bytes(hashlib.blake2b(block_hash, digest_size=8, salt=flavour.to_bytes(8, "little")).digest(), "little")
     words = np.arange(-(-block_bytes // 8), dtype=np.uint64) * ODD ^ np.uint64(seed)
     return words.view(np.uint8)[:block_bytes]
 
@@ -39,6 +37,4 @@ def fill(pool: NDArray[np.uint8], hashes: bytes, flavour: int = 0) -> None:
 def wrong(pool: NDArray[np.uint8], hashes: bytes, blocks: int, flavour: int = 0) -> list[int]:
     """Which of the first `blocks` rows do not hold their block."""
     run = list(split(hashes[: blocks * HASH_BYTES]))
-    return [
-        row for row, block in enumerate(run) if not np.array_equal(pool[row], payload(block, pool.shape[1], flavour))
-    ]
+    return [row for row, block in enumerate(run) if not np.array_equal(pool[row], payload(block, pool.shape[1], flavour))]

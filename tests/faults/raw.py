@@ -50,9 +50,7 @@ class RawClient:
     def resume(self, held: list[tuple[bytes, int, int]]) -> int:
         """Go on with the session on this connection; returns the lease on what is held."""
         old = {name: self.welcome[name] for name in ("session", "token", "namespace")}
-        reply = self.ask(
-            "resume", version=PROTOCOL_VERSION, held=pack_held(held), client="by hand", **old, **self._identity()
-        )
+        reply = self.ask("resume", version=PROTOCOL_VERSION, held=pack_held(held), client="by hand", **old, **self._identity())
         return int(reply["lease"])
 
     def lookup(self, hashes: bytes, parent: bytes = ROOT) -> tuple[int, int, list[int]]:

@@ -112,9 +112,7 @@ def read_rows(remains: Remains, tier: str, directory: bytes, path: Path | None) 
             remains.places["a client writes" if holders[slot] else "promotion"] += 1
         else:
             assert path
-            written = whole and digest_of(path, slots_at + slot * slot_bytes, payload_bytes) == int.from_bytes(
-                digest, "little"
-            )
+            written = whole and digest_of(path, slots_at + slot * slot_bytes, payload_bytes) == int.from_bytes(digest, "little")
             remains.places["write-back: payload" if whole and not written else "write-back: directory"] += 1
 
 

@@ -107,9 +107,7 @@ def test_a_daemon_killed_again_and_again_is_never_more_than_a_miss(short_path: P
         assert engine.client.statistics["reconnects"] >= 5
 
 
-def test_a_daemon_that_starts_cold_is_used_by_engines_that_knew_its_earlier_life(
-    short_path: Path, engine: Engine
-) -> None:
+def test_a_daemon_that_starts_cold_is_used_by_engines_that_knew_its_earlier_life(short_path: Path, engine: Engine) -> None:
     """Without a holder memory is gone, sessions too; blocks come from NVMe and the engine says hello by itself."""
     with House(short_path, held=False) as house:
         assert engine.store().stored == BLOCKS

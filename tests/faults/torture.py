@@ -33,15 +33,15 @@ from tierd.errors import TierdError
 
 NAMESPACES = (0, 0, 1)
 """Of the workers."""
-IO_THREADS = "1"
-"""Of the daemon: what is asked for waits in line, so that a kill finds it in flight."""
+IO_THREADS = "2"
+"""Of the daemon: few, so that what is asked for waits in line and a kill finds it in flight."""
 LIFE_SECONDS_MAX = 0.3
 LOADED_SHARE = 0.85
 """Of the lives that last until a client has come back, and so long on top."""
 BACK_SECONDS_MAX = 10.0
 AIMED_SHARE, AIM_SECONDS_MAX = 0.4, 0.5
 """Of the kills that wait until slots of a tier are being filled."""
-RECOVERY_SHARE = 0.15
+RECOVERY_SHARE = 0.1
 """Of the kills that are aimed at a daemon that is not ready yet."""
 RECOVERY_SECONDS = 0.3
 CHECK_SHARE = 0.25
@@ -64,9 +64,7 @@ class Torture:
         self.ready_seconds_max = 0.0
         command = [sys.executable, "-m", "tests.faults.worker", str(house.socket)]
         self.workers = [
-            subprocess.Popen(
-                [*command, str(seed * 10 + number), str(namespace)], stdin=-1, stdout=-1, text=True, cwd=ROOT
-            )
+            subprocess.Popen([*command, str(seed * 10 + number), str(namespace)], stdin=-1, stdout=-1, text=True, cwd=ROOT)
             for number, namespace in enumerate(NAMESPACES)
         ]
 
@@ -143,9 +141,7 @@ class Torture:
     def expect(self, remains: Remains, killed: float) -> None:
         """The new life is ready in time and has kept exactly what was whole and rooted."""
         while not self.hello():
-            assert time.monotonic() - killed < READY_SECONDS_MAX, (
-                f"not ready {READY_SECONDS_MAX} s after kill {self.kills}"
-            )
+            assert time.monotonic() - killed < READY_SECONDS_MAX, f"not ready {READY_SECONDS_MAX} s after kill {self.kills}"
             time.sleep(0.005)
         seconds = time.monotonic() - killed
         self.ready_seconds_max = max(self.ready_seconds_max, seconds)
@@ -176,9 +172,7 @@ class Torture:
     def within_limits(self, status: dict[str, Any]) -> None:
         """Bytes of each tier, by the daemon's account and by the file system's."""
         for name, tier in status["tiers"].items():
-            assert tier["used_bytes"] <= tier["limit_bytes"], (
-                f"{name} uses {tier['used_bytes']} of {tier['limit_bytes']} bytes"
-            )
+            assert tier["used_bytes"] <= tier["limit_bytes"], f"{name} uses {tier['used_bytes']} of {tier['limit_bytes']} bytes"
         on_disk = sum(file.stat().st_size for file in (self.house.state / "nvme").rglob("*.segment*") if file.exists())
         limit = status["tiers"]["nvme"]["limit_bytes"]
         assert on_disk <= limit, f"{on_disk} bytes on disk, the limit is {limit}"
@@ -232,17 +226,13 @@ class Torture:
                 if reply["lease"]:
                     client.ask("release", lease=reply["lease"])
                 found = reply["tiers"]["cpu"] + reply["tiers"]["nvme"]
-                least, most = (
-                    prefix(name, hashes, kept) for kept in (survivors["nvme"], set().union(*survivors.values()))
-                )
+                least, most = (prefix(name, hashes, kept) for kept in (survivors["nvme"], set().union(*survivors.values())))
                 assert found <= most, f"{found} blocks of a chain are found again, {most} were left"
                 missing += max(0, least - found)
                 self.blocks_found += found
             client.ask("bye")
             client.close()
-        evicted = sum(
-            number for kind, number in self.house.wait_ready()["evicted_blocks"].items() if kind.startswith("nvme")
-        )
+        evicted = sum(number for kind, number in self.house.wait_ready()["evicted_blocks"].items() if kind.startswith("nvme"))
         assert missing <= SHARED_BY * evicted, f"{missing} blocks are not found again, {evicted} were evicted since"
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ from tierd.client import Client
 
 CHAINS, CHAIN_BLOCKS, SHARED_BLOCKS, SHARED_BY = 96, 64, 16, 4
 DEADLINE_SECONDS = 1.0
-PREFETCH_SHARE, NEW_SHARE = 0.8, 0.4
+PREFETCH_SHARE, NEW_SHARE = 0.6, 0.5
 """Of the turns that ask for another chain ahead, and of those whose chain nobody has seen before: much is on its way."""
 COMPUTE_SECONDS = 0.01
 """What an engine does while there is no daemon."""

@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.sim.world import Client, World, chain
+from tests.sim.clients import Client, chain
+from tests.sim.world import World
 from tierd.block import ROOT
 from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, TIERS, UPPER, Wait
 

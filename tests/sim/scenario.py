@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 
-from tests.sim.world import Client, World, chain
+from tests.sim.clients import Client, chain
+from tests.sim.world import World
 from tierd.block import ROOT
 from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Transfer, Wait
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.sim.clients import chain
 from tests.sim.directories import Segment, rows_of
-from tests.sim.world import World, chain
+from tests.sim.world import World
 from tierd.block import ROOT
 from tierd.core.cache import Cache
 from tierd.core.plan import LOWER, UPPER

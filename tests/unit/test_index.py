@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from tests.sim.world import chain
+from tests.sim.clients import chain
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.index import Index, Node
 

@@ -1,0 +1,244 @@
+"""Promotion and write-back, case by case: windows, single flight, order, damage. The world checks every answer too."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.cases import LONG, crowd_out, put, put_below, read_all, small
+from tests.sim.clients import chain
+from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Wait
+from tierd.errors import Busy, Gone
+
+# -- promotion --------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_longer_than_the_cpu_tier_is_served_in_windows() -> None:
+    """All of it is reported, and comes up window by window as the client lets go."""
+    world, client = small(upper=1)
+    put_below(world, client, LONG)
+    crowd_out(world, client)
+    assert world.lookup(client, LONG).blocks == len(LONG)
+    world.kill(client)
+    assert read_all(world, world.open(), LONG) == len(LONG)
+
+
+def test_a_prefix_whose_head_fills_the_cpu_tier_is_still_served_whole() -> None:
+    """A lookup does not hold the whole tier for the head: the tail needs a window of it."""
+    world, client = small(upper=1)
+    put_below(world, client, LONG)
+    crowd_out(world, client)
+    read_all(world, client, LONG[:8])
+    assert sum(UPPER in world.where[block] for block in LONG[:8]) == 8
+    found = world.lookup(client, LONG)
+    assert found.blocks == len(LONG) and 0 < found.told < 8
+    world.release(client, found.lease)
+    assert read_all(world, client, LONG) == len(LONG)
+
+
+def test_what_a_lookup_could_do_without_is_not_held() -> None:
+    """A copy above that is below too makes room for a block before it."""
+    world, client = small(upper=1, share=1.0)
+    other = world.open()
+    hashes = chain(range(2))
+    put_below(world, client, hashes)
+    crowd_out(world, client)
+    tail = world.lookup(client, hashes[1:], hashes[0])
+    world.finish(world.running[0])
+    world.release(client, tail.lease)
+    world.store(other, chain(range(50, 57)))
+    assert [sorted(world.where[block]) for block in hashes] == [[LOWER], [UPPER, LOWER]]
+    assert world.cache.upper.free == 0
+    assert world.lookup(client, hashes).blocks == 2
+    assert world.running[0].hashes == hashes[0]
+    world.check()
+
+
+def test_two_leases_each_larger_than_the_tier_both_arrive() -> None:
+    """They take turns at the slots, or are told Busy at once; neither waits for the other for ever."""
+    world, client = small(upper=1, lower=12)
+    other = world.open()
+    second = chain(range(300, 340))
+    put_below(world, client, LONG)
+    put_below(world, client, second)
+    readers = {client: (LONG, world.lookup(client, LONG)), other: (second, world.lookup(other, second))}
+    at = dict.fromkeys(readers, 0)
+    for _ in range(500):
+        for reader, (hashes, found) in readers.items():
+            if at[reader] == len(hashes) or not found.lease:
+                continue
+            answer = world.load(reader, found.lease, at[reader], 8)
+            if isinstance(answer, int):
+                world.release(reader, found.lease, at[reader], answer)
+                at[reader] += answer
+        if world.running:
+            world.finish(world.running[0])
+        world.check()
+    assert [found.blocks for _, found in readers.values()] == list(at.values()) == [40, 40]
+
+
+def test_a_block_on_its_way_up_is_moved_once() -> None:
+    """Lookups of two sessions and a prefetch share one transfer."""
+    world, client = small()
+    other = world.open()
+    hashes = chain(range(4))
+    put_below(world, client, hashes)
+    crowd_out(world, client)
+    assert world.prefetch(hashes) == 4
+    found, again = world.lookup(client, hashes), world.lookup(other, hashes)
+    assert len(world.running) == 1
+    world.finish(world.running[0])
+    assert world.load(client, found.lease, 0, 4) == world.load(other, again.lease, 0, 4) == 4
+
+
+def test_what_came_up_meanwhile_is_not_moved_again() -> None:
+    """A lease takes over copies that another lookup has brought up."""
+    world, client = small(share=0.1)
+    other = world.open()
+    hashes = chain(range(3))
+    put_below(world, client, hashes)
+    crowd_out(world, client)
+    mine = world.lookup(client, hashes)
+    assert read_all(world, other, hashes) == 3
+    moved = len(world.cache.transfers)
+    assert world.load(client, mine.lease, 0, 3) == 3
+    assert len(world.cache.transfers) == moved == 0
+
+
+def test_a_mismatch_ends_the_lease_and_its_slot_is_not_used_again() -> None:
+    """Blocks before the damaged one are served, the others are Gone; the tier has one slot less."""
+    world, client = small()
+    hashes = chain(range(4))
+    put_below(world, client, hashes)
+    crowd_out(world, client)
+    found = world.lookup(client, hashes)
+    bad = world.where[hashes[2]][LOWER]
+    world.finish(world.running[0], [OK, OK, MISMATCH, OK])
+    assert world.load(client, found.lease, 0, 4) == 2
+    with pytest.raises(Gone):
+        world.cache.load(client.id, found.lease, 2, 1, world.now)
+    assert world.cache.pools[LOWER].counts()["quarantined"] == 1
+    assert world.lookup(client, hashes).blocks == 2
+    put_below(world, client, chain(range(700, 760)))
+    assert bad not in [at.get(LOWER) for at in world.where.values()]
+
+
+def test_a_lease_ends_at_damage_that_another_one_found() -> None:
+    """Also a lease that did not wait for the transfer gets no block that is not trusted any more."""
+    world, client = small(share=0.1)
+    other = world.open()
+    hashes = chain(range(4))
+    put_below(world, client, hashes)
+    crowd_out(world, client)
+    mine = world.lookup(client, hashes)  # waits for the first block only: a window is one block
+    world.finish(world.running[0])
+    theirs = world.lookup(other, hashes[2:], hashes[1])
+    world.finish(world.running[0], [MISMATCH])
+    assert theirs.blocks == 2
+    assert world.load(client, mine.lease, 0, 2) == 1
+    world.run_all()
+    assert world.load(client, mine.lease, 1, 2) == 1
+    with pytest.raises(Gone):
+        world.cache.load(client.id, mine.lease, 2, 1, world.now)
+
+
+def test_everything_held_is_busy_at_once() -> None:
+    """A load that finds no slot is refused now, and served when something is released."""
+    world, client = small(upper=1)
+    other = world.open()
+    hashes, filler = chain(range(4)), chain(range(60, 68))
+    put_below(world, client, hashes)
+    put_below(world, client, filler)
+    held = world.lookup(other, filler)
+    assert held.told == 8
+    assert world.lookup(client, hashes).blocks == 0
+    world.release(other, held.lease, 7, 1)
+    found = world.lookup(client, hashes)
+    world.finish(world.running[0])
+    assert world.load(client, found.lease, 0, 1) == 1
+    with pytest.raises(Busy):
+        world.cache.load(client.id, found.lease, 1, 1, world.now)
+    world.release(other, held.lease, 6, 1)
+    assert isinstance(world.load(client, found.lease, 1, 1), Wait)
+
+
+# -- write-back -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_back_keeps_nvme_prefix_closed() -> None:
+    """Nothing behind the block that failed enters; the next commit of the chain writes all of it."""
+    world, client = small()
+    hashes = chain(range(8))
+    put(world, client, hashes[:6])
+    world.plan_write_back(8)
+    world.finish(world.running[0], [OK, OK, IO_ERROR, OK, OK, OK])
+    assert [LOWER in world.where[block] for block in hashes[:6]] == [True] * 2 + [False] * 4
+    put(world, client, hashes[6:], hashes[5])
+    world.run_all()
+    assert all(LOWER in world.where[block] for block in hashes)
+
+
+def test_writes_of_one_chain_are_entered_in_its_order() -> None:
+    """Parts that are under way together may end in any order: a child waits for its parent, and both are below then."""
+    world, client = small()
+    hashes = chain(range(8))
+    put(world, client, hashes)
+    while world.plan_write_back(3):
+        pass
+    assert [len(transfer) for transfer in world.running] == [3, 3, 2]
+    for transfer in world.running[::-1]:
+        assert not any(LOWER in world.where[block] for block in hashes)
+        world.finish(transfer)
+        world.check()
+    assert all(LOWER in world.where[block] for block in hashes)
+    assert not world.cache.transfers
+
+
+def test_a_child_of_a_failed_write_does_not_enter() -> None:
+    """It was written, but its parent is not below: its slot is free again."""
+    world, client = small()
+    hashes = chain(range(4))
+    put(world, client, hashes)
+    world.plan_write_back(2)
+    world.plan_write_back(2)
+    parent, child = world.running
+    world.finish(child)
+    world.finish(parent, [OK, IO_ERROR])
+    assert [LOWER in world.where[block] for block in hashes] == [True, False, False, False]
+    assert world.cache.pools[LOWER].free == 63
+    world.check()
+
+
+def test_write_back_takes_ancestors_along() -> None:
+    """A chain that was committed from its end is written from its head, each block once."""
+    world, client = small()
+    other = world.open()
+    hashes = chain(range(6))
+    first = world.store(client, hashes[:3])
+    world.commit(other, world.store(other, hashes))
+    assert not world.plan_write_back(8)
+    assert world.cache.counters["write_back_orphans",] == 3
+    world.commit(client, first)
+    world.cache.write_back.queue.clear()
+    put(world, client, chain([9], hashes[-1]), hashes[-1])
+    world.run_all()
+    assert all(LOWER in world.where[block] for block in hashes)
+
+
+def test_write_back_makes_no_room_at_the_cost_of_its_own_chain() -> None:
+    """What a full nvme tier cannot take is dropped and counted; the chain's head stays below."""
+    world, client = small(upper=4, lower=1)
+    hashes = chain(range(12))
+    put(world, client, hashes)
+    world.run_all()
+    assert [LOWER in world.where[block] for block in hashes] == [True] * 8 + [False] * 4
+    assert world.cache.counters["write_back_short",] > 0
+
+
+def test_the_queue_is_bounded() -> None:
+    """Without a medium that keeps up, the oldest runs are forgotten and counted."""
+    world, client = small()
+    for number in range(40):
+        world.now += 1
+        put(world, client, chain(range(10 * number, 10 * number + 8)))
+    assert world.cache.write_back.blocks <= 4 * world.cache.upper.slots
+    assert world.cache.counters["write_back_dropped",] > 0
