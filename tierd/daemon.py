@@ -38,8 +38,15 @@ def run(config: Config) -> int:
     """Serve until a signal ends it; returns the process's exit code. Raises Invalid and Busy when it cannot start."""
     log.configure(config.log.level, config.log.format)
     config.prepare()
+    yield_to_clients()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(config))
+
+
+def yield_to_clients() -> None:
+    """Do not preempt whoever wakes us (docs/decisions/0006): a client that sends a request goes on copying meanwhile."""
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 async def serve(config: Config) -> int:

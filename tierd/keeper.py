@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 from tierd import clock
@@ -30,6 +31,8 @@ WRITE_BACKS_MAX = 4
 WRITE_BACK_SHARE = 0.25
 """Of a space's memory that write-backs may pin: a store that evicts the rest never waits for the disk."""
 POLL_SECONDS = 0.005
+SYNC_POLL_SECONDS = 0.1
+"""A sync looks again at least this often: growth and pauses end without a transfer."""
 PAUSE_SECONDS = 2.0
 """How long a tier that had no room on its medium is not asked again."""
 HANDOVER_SECONDS_MAX = 30.0
@@ -44,6 +47,7 @@ class Keeper:
         self.spaces: dict[bytes, Space] = {}
         self.mover = Mover(io_threads, self._moved)
         self.handovers = 0
+        self._progress = asyncio.Event()
         self.forgotten: Counter[tuple[str, ...]] = Counter()
         """Counters of namespaces that were forgotten, so that no sum ever goes down."""
         self._failures: Counter[str] = Counter()
@@ -80,6 +84,7 @@ class Keeper:
         self.pump(space)
 
     def _moved(self, space: Space, transfer: Transfer) -> None:
+        self._progress.set()
         if transfer.reason == WRITE_BACK:
             for other in self.spaces.values():
                 self.pump(other)
@@ -94,11 +99,13 @@ class Keeper:
     async def sync(self, deadline: float) -> None:
         """Wait until all that was admitted is on NVMe; raises Busy at the deadline (monotonic seconds)."""
         while self.unwritten():
-            if clock.monotonic_seconds() > deadline:
+            if (left := deadline - clock.monotonic_seconds()) <= 0:
                 raise Busy(f"sync: {self.unwritten()} runs are still to be written; ask again with a longer deadline")
             for space in self.spaces.values():
                 self.pump(space)
-            await asyncio.sleep(POLL_SECONDS)
+            self._progress.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._progress.wait(), min(left, SYNC_POLL_SECONDS))
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +259,7 @@ class Keeper:
                 self.note_recency(space)
                 self.pump(space)
                 for segment in list(space.lower.segments.values()) if space.lower else ():
-                    await asyncio.to_thread(segment.flush_recency)
+                    await asyncio.to_thread(segment.flush)
 
     def note_recency(self, space: Space) -> None:
         """Write last use and use counts of what was touched since the last time to the directories."""

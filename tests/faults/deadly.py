@@ -1,7 +1,7 @@
 """`tierd`, but its Nth write to a file is its last: a process that kills itself at a chosen call, without any tracer.
 
-`python -m tests.faults.deadly MARKER N HOW serve ...` dies at write call N, before it ("before") or after half of its bytes ("half").
-It leaves MARKER behind, and a life that finds it is an ordinary one.
+`python -m tests.faults.deadly MARKER N HOW serve ...` dies at write call N, before it ("before") or after half of its
+bytes ("half"). It leaves MARKER behind, and a life that finds it is an ordinary one.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from tierd.wire.messages import NO_ROOM
 BATCH_BLOCKS = 32
 
 
-def store(client: RawClient, hashes: bytes, flavour: int = 0) -> int:
+def store(client: RawClient, hashes: bytes, flavour: int = 0, batch_blocks: int = BATCH_BLOCKS) -> int:
     """Store a chain in batches; returns how many blocks there was no room for."""
     parent, refused = ROOT, 0
-    for at in range(0, len(hashes), BATCH_BLOCKS * HASH_BYTES):
-        batch = hashes[at : at + BATCH_BLOCKS * HASH_BYTES]
+    for at in range(0, len(hashes), batch_blocks * HASH_BYTES):
+        batch = hashes[at : at + batch_blocks * HASH_BYTES]
         lease, slots = client.store(batch, parent)
         for block, slot in zip(split(batch), slots, strict=True):
             if slot >= 0:

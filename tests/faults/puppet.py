@@ -1,6 +1,7 @@
 """A client process on strings: it does one step when told, and stops, is killed or forks wherever a test likes.
 
-`python -m tests.faults.puppet SOCKET MODEL UID` (another user's id, or 0 for none) reads one JSON list (a method and its arguments) per line and answers with one JSON value.
+`python -m tests.faults.puppet SOCKET MODEL UID` (another user's id, or 0 for none) reads one JSON list (a method and
+its arguments) per line and answers with one JSON value.
 """
 
 from __future__ import annotations

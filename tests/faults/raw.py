@@ -39,7 +39,9 @@ class RawClient:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(SECONDS_MAX)
         self.socket.connect(str(self.path))
-        self._reader, self._frames, self._descriptors = FrameReader(64 << 20), [], []
+        self._reader = FrameReader(64 << 20)
+        self._frames: list[dict[str, Any]] = []
+        self._descriptors: list[int] = []
         self._last_id = 0
 
     def hello(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Remains:
 
 
 def examine(holder: int, nvme: Path) -> Remains:
-    """Read every segment: those of memory through the holder's descriptors, those of files by name. No daemon may be running."""
+    """Read every segment: those of memory through the holder's descriptors, files by name. No daemon may be running."""
     remains = Remains()
     for directory in memory_directories(holder):
         read_rows(remains, "cpu", directory, None)

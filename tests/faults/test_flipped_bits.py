@@ -151,10 +151,14 @@ def test_a_bit_that_flipped_while_the_daemon_was_away_is_never_served(
 def test_many_flipped_bits_everywhere_are_never_served(short_path: Path, image: tuple[str, bytes]) -> None:
     """A file that rots all over its slots and rows costs its blocks, and not one wrong byte."""
     random = Random(7)
-    places = [random.randrange(SHAPE.state_offset, SHAPE.total_bytes) for _ in range(60)]
+
+    def rot(path: Path) -> None:
+        for _ in range(60):
+            flip(path, random.randrange(SHAPE.state_offset, SHAPE.total_bytes), random.randrange(8))
+
     house = House(short_path, held=False, cpu__bytes="4MiB", nvme__bytes="16MiB")
     try:
-        client = spoiled(house, image, lambda path: [flip(path, at, random.randrange(8)) for at in places] and None)
+        client = spoiled(house, image, rot)
         had, wrong = verify(client, HASHES)
         assert had < BLOCKS and wrong == 0
         works_on(house, client)

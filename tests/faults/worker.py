@@ -1,7 +1,7 @@
 """A client process under torture: loads and stores chains all the time, and checks every byte that it gets.
 
-`python -m tests.faults.worker SOCKET SEED NAMESPACE` obeys words on standard input: "pause" (answered with its counts as JSON), "go", and the
-end of the input. All workers share one universe of chains, several times the memory tier.
+`python -m tests.faults.worker SOCKET SEED NAMESPACE` obeys words on standard input: "pause" (answered with its counts
+as JSON), "go", and the end of the input. All workers share one universe of chains, several times the memory tier.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import select
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from random import Random
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from tests.faults.house import LAYOUT
 from tierd.block import HASH_BYTES
 from tierd.client import Client
 
+T = TypeVar("T")
 CHAINS, CHAIN_BLOCKS, SHARED_BLOCKS, SHARED_BY = 96, 64, 16, 4
 DEADLINE_SECONDS = 1.0
 PREFETCH_SHARE, NEW_SHARE = 0.6, 0.5
@@ -79,7 +82,7 @@ class Worker:
         if self.random.random() < PREFETCH_SHARE:
             self.client.prefetch(self.random.choice(self.chains))
 
-    def timed(self, call):  # type: ignore[no-untyped-def]
+    def timed(self, call: Callable[[], T]) -> T:
         """The call's result; remembers the longest."""
         started = time.monotonic()
         result = call()

@@ -152,6 +152,25 @@ def test_nvme_gives_up_tails_and_never_a_parent() -> None:
     assert world.cache.counters["evicted", "nvme", "clean"] > 0 and not world.gaps
 
 
+def test_nvme_keeps_what_is_leased_and_its_parents() -> None:
+    """Blocks that a lookup holds below outlive pressure there, and so does what they need to survive alone."""
+    world, client = small(upper=2, lower=3)
+    hashes = chain(range(6))
+    put_below(world, client, hashes)
+    put_below(world, client, [*hashes[:3], *chain([50], hashes[2])])  # a branch: the stem is a node of its own
+    crowd_out(world, client)
+    assert world.lookup(client, hashes[3:], hashes[2]).tiers["nvme"] == 3
+    for number in range(4):
+        world.now += 1
+        put(world, client, chain(range(100 * number + 100, 100 * number + 110)))
+        world.plan_write_back(16)
+        for transfer in [transfer for transfer in world.running if transfer.target == "nvme"]:
+            world.finish(transfer)
+        world.check()
+    assert world.cache.counters["evicted", "nvme", "drop"] + world.cache.counters["evicted", "nvme", "clean"] > 8
+    assert all(LOWER in world.where[block] for block in hashes)
+
+
 # -- ownership --------------------------------------------------------------------------------------------------------
 
 

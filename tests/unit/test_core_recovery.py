@@ -95,6 +95,16 @@ def test_the_latest_of_two_copies_in_a_tier_stays() -> None:
     assert found and found[0].node.slots[LOWER, 0] == new
 
 
+def test_hashes_that_begin_alike_are_told_apart() -> None:
+    """Clients make the hashes: equal first words are no reason to confuse blocks or to lose them."""
+    remains = Remains()
+    hashes = [bytes(8) + block[8:] for block in chain(range(20))]
+    remains.put(UPPER, hashes, parents(hashes))
+    remains.put(LOWER, hashes, parents(hashes))
+    assert remains.recover() == Recovered(kept=40, duplicates=0, orphans=0)
+    assert remains.found(hashes) == {"cpu": 20}
+
+
 def test_siblings_that_were_used_together_stay_siblings() -> None:
     """Branches of one parent with the same last use hang below it, not below one another."""
     remains = Remains()
@@ -122,6 +132,19 @@ def test_no_block_is_hotter_than_its_parent(last_use: list[int]) -> None:
         assert remains.found(hashes) == {"cpu": left, "miss": 6 - left}
         remains.cache.close_session(1)
         remains.cache.open_session(1, 0)
+
+
+def test_no_branch_is_hotter_than_its_stem() -> None:
+    """Where several branches were used after what they need, as far as the directories know, the stem outlives them."""
+    remains, stem = Remains(slots=6), chain(range(2))
+    branches = [chain([10 * number, 1], stem[-1]) for number in (1, 2)]
+    remains.put(UPPER, stem, parents(stem), 1)
+    for branch in branches:
+        remains.put(UPPER, branch, parents(branch, stem[-1]), 9)
+    remains.recover()
+    remains.cache.open_session(1, 0)
+    remains.cache.store(1, b"".join(chain(range(50, 54))), ROOT, 10_000)
+    assert remains.found(stem) == {"cpu": 2}
 
 
 def test_a_damaged_recency_makes_nothing_immortal() -> None:

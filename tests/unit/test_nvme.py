@@ -130,7 +130,7 @@ def test_recency_is_written_when_flushed(tmp_path: Path) -> None:
     segment = create(tmp_path)
     put(segment, [0, 1], [1, 2])
     segment.touch([0], 1_700_000_000_000, 3)
-    segment.flush_recency()
+    segment.flush()
     segment.touch([1], 1_700_000_000_001, 4)
     killed = FileSegment.open(segment.path, PosixEngine()).scan()
     assert killed.last_use.tolist() == [1_700_000_000_000, 0] and killed.use_counts.tolist() == [3, 0]

@@ -55,7 +55,7 @@ def run(task: Task) -> Result:
     notes = [
         f"raw: preadv and pwritev with O_DIRECT, {IO_THREADS} threads with a list of blocks each, same directory",
         "write: from the store until sync has answered; read: load of chains that are in nvme only",
-        f"raw's memory is of the same kind as the cpu tier's slots: {io['memory']}; huge: raw with memory in huge pages",
+        f"raw's memory is like the cpu tier's slots: {io['memory']}; huge: raw with memory in huge pages",
         f"medians of {rows[0]['rounds']} interleaved rounds of {size(rows[0]['bytes_per_round'])}",
     ]
     if io["path"] != "direct":

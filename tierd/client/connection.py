@@ -70,6 +70,8 @@ class Connection:
         self._broken: str | None = None
         self._refusal: str | None = None
         self._sending = Lock()
+        self._unsent: list[bytes] = []
+        """Frames that go with the next one; guarded by `_sending`."""
         self._changed = Condition(Lock())
         """Guards tickets, `_reading` and `_broken`; notified when one of them changed."""
 
@@ -98,8 +100,13 @@ class Connection:
         """Ask and wait; returns the checked reply or raises the error it carries, NoAnswer or Closed."""
         return self.wait(self.ask(verb, arguments, seconds, undo), seconds)
 
-    def ask(self, verb: str, arguments: dict[str, Any], seconds: float, undo: str | None = None) -> Ticket:
-        """Send a request, to be waited for or abandoned later."""
+    def ask(
+        self, verb: str, arguments: dict[str, Any], seconds: float, undo: str | None = None, later: bool = False
+    ) -> Ticket:
+        """Send a request, to be waited for or abandoned later; `later` means with the next one, or when it is waited for.
+
+        Waking the daemon costs a system call that may take as long as copying a block.
+        """
         ticket = Ticket(verb, undo)
         with self._changed:
             if len(self._tickets) >= UNANSWERED_MAX:
@@ -108,7 +115,7 @@ class Connection:
             self._tickets[ticket.id] = ticket
         milliseconds = int(seconds * DAEMON_SHARE * 1000)
         try:
-            self._send({"id": ticket.id, "verb": verb, "deadline_ms": milliseconds, **arguments}, seconds)
+            self._send({"id": ticket.id, "verb": verb, "deadline_ms": milliseconds, **arguments}, seconds, later)
         except TierdError:
             with self._changed:
                 self._tickets.pop(ticket.id, None)
@@ -118,6 +125,8 @@ class Connection:
     def wait(self, ticket: Ticket, seconds: float) -> dict[str, Any]:
         """The checked reply; raises the error it carries, NoAnswer after `seconds`, Closed without a connection."""
         deadline = monotonic_seconds() + seconds
+        if self._unsent and ticket.reply is None:
+            self._send(None, seconds)
         while self._my_turn(ticket, deadline):
             self._read(deadline - monotonic_seconds())
         if ticket.reply is None:
@@ -187,17 +196,26 @@ class Connection:
                 os.close(self._descriptors.popleft())
             self._sending.release()
 
-    def _send(self, message: dict[str, Any], seconds: float) -> None:
-        parts = frame(message)
+    def _send(self, message: dict[str, Any] | None, seconds: float, later: bool = False) -> None:
+        """Send a message behind those that were kept for later, or keep it too; None: only those."""
         if not self._sending.acquire(timeout=max(seconds, 0)):
             raise NoAnswer(f"the daemon took nothing for {seconds:g} s")
+        kept = self._unsent
+        parts = [*kept, *frame(message)] if message is not None else kept
+        self._unsent = parts if later else []
+        if later:
+            self._sending.release()
+            return
         lost = None
         try:
             if self._broken is not None:
                 raise Closed(self._broken)
             sent = send_some(self._socket, parts)
-            if sent < len(parts[0]) + len(parts[1]):
+            if sent < sum(map(len, parts)):
                 self._send_rest(b"".join(parts), sent, seconds)
+        except NoAnswer:
+            self._unsent = kept  # nothing of it was sent
+            raise
         except OSError as error:
             lost = f"lost the daemon: {error.strerror or error}"
         finally:

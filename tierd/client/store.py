@@ -90,7 +90,7 @@ class Storing:
         if done == len(new) and batch.last < self._blocks:
             following = self._ask(batch.first, batch.last, ahead=True)
         try:
-            self._write(lease, codes, batch.base)
+            self._write(lease, codes, batch.base, more=following is not None)
         except BaseException:
             if following is not None:
                 self._connection.abandon(following.ticket)
@@ -121,8 +121,8 @@ class Storing:
             raise Closed(f"store of {asked} blocks was answered with {len(codes)} slots and lease {lease}")
         return lease, codes
 
-    def _write(self, lease: int, codes: NDArray[np.int32], base: int) -> None:
-        """Fill every slot that was given, and say so."""
+    def _write(self, lease: int, codes: NDArray[np.int32], base: int, more: bool) -> None:
+        """Fill every slot that was given, and say so: with the next request, if `more` follows."""
         if not lease:
             return
         context = self._context
@@ -133,7 +133,8 @@ class Storing:
         except BaseException:
             self._connection.tell("abort", {"lease": lease})
             raise
-        self._commits.append(self._connection.ask("commit", {"lease": lease}, context.deadline_seconds))
+        commit = self._connection.ask("commit", {"lease": lease}, context.deadline_seconds, later=more)
+        self._commits.append(commit)
         self._collect(1)
 
     def _collect(self, left: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
+from tierd.core.audit import audit
 from tierd.core.index import Index, Piece
 from tierd.core.plan import (
     DEMAND,
@@ -32,7 +33,6 @@ from tierd.core.plan import (
     PENDING,
     PREFETCH,
     STORED,
-    TIERS,
     UPPER,
     WRITE_BACK,
     Committed,
@@ -47,7 +47,7 @@ from tierd.core.plan import (
     nothing,
     pick,
 )
-from tierd.core.pool import FILLING, READY, Pool
+from tierd.core.pool import FILLING, Pool
 from tierd.core.promotion import Promotion
 from tierd.core.room import Room
 from tierd.core.session import Session
@@ -321,7 +321,8 @@ class Cache:
             self.index.extend(node, hashes[known * HASH_BYTES : end * HASH_BYTES], rows, now)
         if len(filled):
             self.write_back.push(lease.parent, hashes)
-        self.counters["commit_misplaced",] += dropped
+        if dropped:
+            self.counters["commit_misplaced",] += dropped
         return dropped
 
     def _end_writing(self, session: Session, lease: Lease) -> None:
@@ -417,44 +418,10 @@ class Cache:
 
     def check(self) -> None:
         """Raise AssertionError if leases, transfers, slots and the tree do not add up; for tests and idle time."""
-        self.index.check()
-        writing = [lease for session in self.sessions.values() for lease in session.leases.values() if lease.writing]
-        named = [block for lease in writing for block in names(lease.filled())]
+        leases = [lease for session in self.sessions.values() for lease in session.leases.values()]
+        named = [block for lease in leases for block in names(lease.filled())]
         assert sorted(named) == sorted(self._pending), "pending blocks are not those of the writing leases"
-        for session in self.sessions.values():
-            session.check()
-        for tier, pool in enumerate(self.pools):
-            pool.check()
-            users, fillers = self._users(tier)
-            assert (users == pool.users).all(), (
-                f"users of {TIERS[tier]} slots {np.flatnonzero(users != pool.users)[:8]} are wrong"
-            )
-            filling = np.flatnonzero(pool.state == FILLING)
-            assert not len(np.setdiff1d(filling, fillers)), f"nobody fills {TIERS[tier]} slots {filling[:8]}"
-            rows = [node.slots[tier] for node in self.index.nodes()]
-            slots = np.concatenate([np.empty(0, np.int32), *rows])
-            slots = slots[slots >= 0]
-            assert len(np.unique(slots)) == len(slots), f"a {TIERS[tier]} slot is in the tree twice"
-            ready = np.flatnonzero(pool.state == READY)
-            assert len(np.setxor1d(slots, ready)) == 0, f"{TIERS[tier]} slots in the tree and ready slots differ"
-
-    def _users(self, tier: int) -> tuple[NDArray[np.int32], Slots]:
-        """By slot: how many leases and transfers use it; and the slots that somebody fills."""
-        users, fillers = np.zeros(len(self.pools[tier].users), np.int32), [np.empty(0, np.int32)]
-        for session in self.sessions.values():
-            for lease in session.leases.values():
-                slots = lease.upper if tier == UPPER else lease.lower
-                np.add.at(users, slots[slots >= 0], 1)
-                if lease.writing and tier == UPPER:
-                    fillers.append(slots)
-            if tier == UPPER:
-                np.add.at(users, session.restored, 1)
-        for transfer in self.transfers.values():
-            is_source = transfer.source == TIERS[tier]
-            np.add.at(users, transfer.source_slots if is_source else transfer.target_slots, 1)
-            if not is_source:
-                fillers.append(transfer.target_slots)
-        return users, np.concatenate(fillers)
+        audit(self.index, self.pools, list(self.sessions.values()), list(self.transfers.values()))
 
 
 def _positions(pieces: list[Piece]) -> Iterator[tuple[int, Piece]]:

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd.block import HASH_BYTES
+
 Slots = NDArray[np.int32]
 
 ABSENT, FREE, FILLING, READY, RETIRED, QUARANTINED = range(6)
@@ -143,13 +145,15 @@ class Pool:
 
     def hold(self, slots: Slots, bit: int) -> None:
         """Set a session's holder bit, before it is told the slots."""
-        for ordinal, local, _ in self.by_segment(slots):
-            self.segments[ordinal].holders[rows_of(local)] |= np.uint64(1 << bit)
+        mask = np.uint64(1 << bit)
+        for ordinal, rows in self._rows_by_segment(slots):
+            self.segments[ordinal].holders[rows] |= mask
 
     def unhold(self, slots: Slots, bit: int) -> None:
         """Clear a session's holder bit."""
-        for ordinal, local, _ in self.by_segment(slots):
-            self.segments[ordinal].holders[rows_of(local)] &= ~np.uint64(1 << bit)
+        mask = ~np.uint64(1 << bit)
+        for ordinal, rows in self._rows_by_segment(slots):
+            self.segments[ordinal].holders[rows] &= mask
 
     def close_segment(self, ordinal: int) -> None:
         """Use a segment for new blocks no more: what is being filled retires; the caller must retire its blocks."""
@@ -184,16 +188,21 @@ class Pool:
         return dict(zip(STATES[1:], found[1:], strict=True))
 
     def by_segment(self, slots: Slots) -> Iterator[tuple[int, Slots, NDArray[np.intp] | slice]]:
-        """Group slot numbers: (ordinal, indexes in the segment, where they stand in `slots`)."""
+        """Group slot numbers, once per segment: (ordinal, indexes in the segment, where they stand in `slots`)."""
         if not len(slots):
             return
         ordinals = slots // self.slots_per_segment
-        if ordinals[0] == ordinals[-1] and (ordinals == ordinals[0]).all():
-            yield int(ordinals[0]), slots - ordinals[0] * np.int32(self.slots_per_segment), slice(None)
-            return
-        for ordinal in np.flatnonzero(np.bincount(ordinals)).tolist():
-            where = np.flatnonzero(ordinals == ordinal)
-            yield ordinal, slots[where] - ordinal * self.slots_per_segment, where
+        cuts = (ordinals[1:] != ordinals[:-1]).nonzero()[0]
+        order = None
+        if len(cuts) and np.count_nonzero(np.bincount(ordinals)) <= len(cuts):
+            short = len(self.state) <= self.slots_per_segment << 16  # 16-bit keys are sorted by radix
+            order = np.argsort(ordinals.astype(np.uint16) if short else ordinals, kind="stable")
+            slots, ordinals = slots[order], ordinals[order]
+            cuts = (ordinals[1:] != ordinals[:-1]).nonzero()[0]
+        starts = [0, *(cuts + 1).tolist()]
+        local = slots - ordinals * np.int32(self.slots_per_segment)
+        for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
+            yield int(ordinals[start]), local[start:end], slice(start, end) if order is None else order[start:end]
 
     def check(self) -> None:
         """Raise AssertionError if the accounting is off."""
@@ -204,6 +213,20 @@ class Pool:
         assert not self.users[self.state == FREE].any(), "a free slot has users"
         assert (self.users >= 0).all(), "negative users"
         assert (self.users[self.state == RETIRED] > 0).all(), "a retired slot without users was not freed"
+
+    def _rows_by_segment(self, slots: Slots) -> Iterator[tuple[int, NDArray[np.int64] | slice]]:
+        """Rows of each segment, as slices where slots lie in runs: an ordinal may come several times."""
+        if len(slots) > SMALL:
+            cuts = np.flatnonzero((slots[1:] != slots[:-1] + 1) | (slots[1:] % self.slots_per_segment == 0))
+            if len(cuts) * RUN_MIN < len(slots):
+                firsts = slots[[0, *(cuts + 1).tolist()]].tolist()
+                lasts = slots[[*cuts.tolist(), -1]].tolist()
+                for first, last in zip(firsts, lasts, strict=True):
+                    ordinal, start = divmod(first, self.slots_per_segment)
+                    yield ordinal, slice(start, start + last - first + 1)
+                return
+        for ordinal, local, _ in self.by_segment(slots):
+            yield ordinal, local.astype(np.int64)
 
     def _keep_free(self, kept: NDArray[np.bool_]) -> None:
         free = self._stack[: self._free][kept]
@@ -224,6 +247,8 @@ class Pool:
         self._free += len(slots)
 
 
+RUN_MIN = 8
+"""Runs shorter than this are not worth a slice each."""
 SMALL = 64
 """For fewer slots than this, looking for a slice costs more than it saves."""
 
@@ -245,5 +270,5 @@ def _resized(array: NDArray[Any], size: int) -> NDArray[Any]:
 
 def _select(hashes: bytes, where: NDArray[np.intp] | slice) -> bytes:
     if isinstance(where, slice):
-        return hashes
+        return hashes[where.start * HASH_BYTES : where.stop * HASH_BYTES]
     return np.frombuffer(hashes, "V32")[where].tobytes()

@@ -57,7 +57,7 @@ def recover(cache: Cache, tiers: list[Rows], now: int = FOREVER) -> Recovered:
         chosen = blocks.slots[tier, reached]
         chosen = chosen[chosen >= 0]
         pool.claim(chosen, READY)
-        lost = np.setdiff1d(rows.slots, chosen)
+        lost = rows.slots[pool.state[rows.slots] != READY]
         for ordinal, local, _ in pool.by_segment(lost):
             pool.segments[ordinal].free(local)
         twice = len(rows.slots) - int((blocks.slots[tier] >= 0).sum())
@@ -71,8 +71,8 @@ def recover(cache: Cache, tiers: list[Rows], now: int = FOREVER) -> Recovered:
 class _Blocks:
     """The distinct blocks of all tiers: arrays by block number, and the shape of their tree.
 
-    `slots` is int32[tiers, n]; `parent` the number of the parent or a constant; `children` are the numbers
-    `order[start[block + 1]:start[block + 2]]`, the root being block -1.
+    `slots` is int32[tiers, n]; `parent` the number of the parent or a constant; the children of a block are
+    `order[start[block + 1] : start[block + 2]]`, the root being block -1; `only_child` is one of them or -1.
     """
 
     def __init__(self, tiers: list[Rows], now: int) -> None:
@@ -98,6 +98,9 @@ class _Blocks:
         self.parent = self._find(parents[first])
         self.order = np.argsort(self.parent, kind="stable")
         self.start = np.searchsorted(self.parent[self.order], np.arange(_ROOT, self.count + 1))
+        has_one = np.diff(self.start[1:]) == 1
+        self.only_child = np.full(self.count, -1)
+        self.only_child[has_one] = self.order[self.start[1:-1][has_one]]
 
     def _find(self, wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Block number of each hash, or a constant: the root, not here."""
@@ -111,13 +114,21 @@ class _Blocks:
 
 def _ranked(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """An order that brings equal hashes (uint64[n, 4]) together, and a number for each that equal ones share."""
-    order = np.lexsort(hashes.T)
-    ranked = hashes[order]
-    new = np.ones(len(order), np.bool_)
-    new[1:] = (ranked[1:] != ranked[:-1]).any(1)
+    order = np.argsort(hashes[:, 0], kind="stable")
+    new = _differs(hashes[order])
+    if (new & ~_differs(hashes[order, :1])).any():  # equal first words are no accident, but no reason to fail either
+        order = np.lexsort(hashes.T)
+        new = _differs(hashes[order])
     number = np.empty(len(order), np.int64)
     number[order] = np.cumsum(new) - 1
     return order, number
+
+
+def _differs(ranked: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which rows differ from the one before."""
+    new = np.ones(len(ranked), np.bool_)
+    new[1:] = (ranked[1:] != ranked[:-1]).any(1)
+    return new
 
 
 def _grow(index: Index, blocks: _Blocks) -> NDArray[np.int64]:
@@ -125,7 +136,8 @@ def _grow(index: Index, blocks: _Blocks) -> NDArray[np.int64]:
 
     A block may not be hotter than its parent: the tree's order of eviction starts with the tails.
     """
-    order, start, last_use, uses = (a.tolist() for a in (blocks.order, blocks.start, blocks.last_use, blocks.uses))
+    arrays = (blocks.order, blocks.start, blocks.only_child, blocks.last_use, blocks.uses)
+    order, start, only_child, last_use, uses = (array.tolist() for array in arrays)
     reached: list[int] = []
     nodes: list[Node] = []
     stack = [(index.root, block) for block in order[start[0] : start[1]]]
@@ -133,15 +145,13 @@ def _grow(index: Index, blocks: _Blocks) -> NDArray[np.int64]:
         above, block = stack.pop()
         used = min(last_use[block], above.last_use) if above is not index.root else last_use[block]
         run = [block]
-        below = order[start[block + 1] : start[block + 2]]
-        while len(below) == 1 and last_use[below[0]] >= used:
-            block = below[0]
-            run.append(block)
-            below = order[start[block + 1] : start[block + 2]]
+        while (child := only_child[block]) >= 0 and last_use[child] >= used:
+            run.append(child)
+            block = child
         node = index.attach(above, blocks.hashes[run].tobytes(), blocks.slots[:, run], used, uses[run[0]])
         nodes.append(node)
         reached += run
-        stack.extend((node, child) for child in below)
+        stack.extend((node, child) for child in order[start[block + 1] : start[block + 2]])
     nodes.reverse()  # descendants before their ancestors, also where they were used at the same time
     index.arrange(sorted(nodes, key=lambda node: node.last_use))
     return np.array(reached, np.int64)

@@ -23,7 +23,7 @@ class Session:
         self.id = session_id
         self.bit = bit
         self.leases: dict[int, Lease] = {}
-        self.told: NDArray[np.int16] = np.zeros(0, np.int16)
+        self.told: NDArray[np.int32] = np.zeros(0, np.int32)
         self.restored: Slots = np.empty(0, np.int32)
         """Slots that carry this session's bit from an earlier life of the daemon."""
         self._pools = pools
@@ -41,7 +41,7 @@ class Session:
     def tell(self, slots: Slots) -> None:
         """Set the holder bit on slots (used already) that the client is about to be told."""
         if len(self.told) < len(self._pools[UPPER].users):
-            grown = np.zeros(len(self._pools[UPPER].users), np.int16)
+            grown = np.zeros(len(self._pools[UPPER].users), np.int32)
             grown[: len(self.told)] = self.told
             self.told = grown
         rows = rows_of(slots)
@@ -87,7 +87,7 @@ class Session:
 
     def check(self) -> None:
         """Raise AssertionError if `told` is not what the leases say, or the holders column differs from it."""
-        told = np.zeros(len(self._pools[UPPER].users), np.int16)
+        told = np.zeros(len(self._pools[UPPER].users), np.int32)
         for lease in self.leases.values():
             np.add.at(told, lease.upper[lease.told], 1)
         assert (told[: len(self.told)] == self.told).all() and not told[len(self.told) :].any(), "told slots are wrong"

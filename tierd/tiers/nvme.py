@@ -1,7 +1,7 @@
 """File segments: the same format as in memory, in preallocated files, with a copy of the directory kept in memory.
 
-Each step of a write puts whole directory pages into the file, through the page cache; payloads go by an io engine,
-past the cache where possible. Nothing is synced: a lost or torn write shows up in a CRC or in a payload's digest, and
+Each step of a write puts whole directory pages into the file; payloads go by an io engine. Both go past the page cache
+where possible. Nothing is synced: a lost or torn write shows up in a CRC or in a payload's digest, and
 is a miss.
 The rule of this file: no payload is written to a slot before FILLING was, and nothing is returned that was not
 verified.
@@ -10,12 +10,13 @@ verified.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 
 import numpy as np
 import xxhash
@@ -54,18 +55,22 @@ class FileSegment:
     def __init__(self, path: Path, header: Header, io: IoEngine) -> None:
         self.path, self.header = path, header
         self.failures: Counter[str] = Counter()
-        self._lock = Lock()  # around the directory's copy and its pages in the file, never around payloads
+        self._lock = Lock()  # around changes of the directory's copy: held for microseconds
+        self._file_lock = RLock()  # around writes of its pages, so that no older page follows a newer one
         self._count_lock = Lock()
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._payloads = io.open(path)
         try:
-            self._pages = memoryview(bytearray(_read_whole(self._descriptor, header.geometry.directory_bytes)))
-            self._payloads = io.open(path)
+            self._pages = _read_directory(path, header.geometry.directory_bytes)
+            # Buffered writes would wait for all direct writes to the file that are under way, and hold up the next ones.
+            direct = os.O_DIRECT if self._payloads.direct else 0
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | direct)
         except BaseException:
-            os.close(self._descriptor)
+            self._payloads.close()
             raise
         self.directory = Directory(self._pages, header)
         self.directory.holders[:] = 0  # nobody maps a file: bits can only be damage
         self._recency_dirty = np.zeros(header.geometry.slot_count, np.bool_)
+        self._freed = np.zeros(header.geometry.slot_count, np.bool_)
 
     def __repr__(self) -> str:
         return f"<FileSegment {self.path.name}: {self.directory!r}, direct={self.direct}>"
@@ -149,19 +154,21 @@ class FileSegment:
         computed = np.zeros(len(at), np.uint64) if digests is None else digests.copy()
         for index in np.flatnonzero(computed == 0):
             computed[index] = digest(self._payload(payloads[int(index)]))
-        with self._lock:
-            self.directory.begin(at, hashes, parents, computed)
-            if not (self._put_states(at) and self._put_identities(at)):
-                self._give_up(at)
-                return np.zeros(len(at), np.bool_)
+        with self._file_lock:  # no page with a new identity reaches the file before its FILLING
+            with self._lock:
+                self.directory.begin(at, hashes, parents, computed)
+            begun = self._put_states(at) and self._put_identities(at)
+        if not begun:
+            self._give_up(at)
+            return np.zeros(len(at), np.bool_)
         outcomes = self._payloads.write(self._blocks(at, payloads))
         done = np.array([self._noted("write", outcome) for outcome in outcomes], np.bool_)
         with self._lock:
             self.directory.ready(at[done])
             self.directory.free(at[~done])
-            if not self._put_states(at):
-                self._give_up(at)
-                done[:] = False
+        if not self._put_states(at):
+            self._give_up(at)
+            done[:] = False
         return done
 
     def read(self, slots: Slots, buffers: Sequence[Buffer]) -> NDArray[np.uint8]:
@@ -184,32 +191,33 @@ class FileSegment:
         return codes
 
     def free(self, slots: Slots) -> None:
-        """Give slots up, in the file too."""
+        """Give slots up; in the file with the next `flush`, or when they are filled again. Never blocks.
+
+        A block that a crash brings back meanwhile is still right: its payload stays until the file says FILLING.
+        """
         with self._lock:
             self.directory.free(slots)
-            self._put_states(np.asarray(slots, dtype=np.int64))
+        self._freed[np.asarray(slots, dtype=np.int64)] = True
 
     def reset(self, slots: Slots) -> None:
         """Free slots after a scan (its `spare`), so that new generations start above all that the segment has seen."""
         with self._lock:
             self.directory.reset(slots)
-            self._put_states(np.asarray(slots, dtype=np.int64))
+        self._put_states(np.asarray(slots, dtype=np.int64))
 
     def touch(self, slots: Slots, last_use: NDArray[np.uint64] | int, use_counts: NDArray[np.uint32] | int) -> None:
-        """Note when (Unix milliseconds) and how often blocks were used; in the file after `flush_recency`. Never
+        """Note when (Unix milliseconds) and how often blocks were used; in the file after `flush`. Never
         blocks."""
         self.directory.touch(slots, last_use, use_counts)
         self._recency_dirty[np.asarray(slots, dtype=np.int64)] = True
 
-    def flush_recency(self) -> None:
-        """Write what `touch` noted since the last time; nothing any more once the segment is closed."""
-        dirty = np.flatnonzero(self._recency_dirty)
-        if not len(dirty):
-            return
-        self._recency_dirty[dirty] = False
-        with self._lock:
-            if self._descriptor >= 0:
-                self._put(self.header.geometry.recency_offset, RECENCY_BYTES, dirty)
+    def flush(self) -> None:
+        """Write what `free` and `touch` noted since the last time; nothing any more once the segment is closed."""
+        for noted, put in ((self._freed, self._put_states), (self._recency_dirty, self._put_recency)):
+            dirty = np.flatnonzero(noted)
+            if len(dirty) and self._descriptor >= 0:
+                noted[dirty] = False
+                put(dirty)
 
     def scan(self) -> Scan:
         """What the directory holds; see `Directory.scan`."""
@@ -218,9 +226,9 @@ class FileSegment:
 
     def close(self) -> None:
         """Write what is still to be written and close; nobody may be using the segment."""
-        self.flush_recency()
+        self.flush()
         self._payloads.close()
-        with self._lock:
+        with self._file_lock:
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -243,11 +251,21 @@ class FileSegment:
     def _put_identities(self, at: NDArray[np.int64]) -> bool:
         return self._put(self.header.geometry.identity_offset, IDENTITY_BYTES, at)
 
+    def _put_recency(self, at: NDArray[np.int64]) -> bool:
+        return self._put(self.header.geometry.recency_offset, RECENCY_BYTES, at)
+
     def _put(self, column_offset: int, row_bytes: int, at: NDArray[np.int64]) -> bool:
-        """Write the directory pages that hold these rows; returns whether the file has them now."""
+        """Write the directory pages that hold these rows; returns whether the file has them now.
+
+        Pages go out as they are in memory, with what other threads have done to other rows of them meanwhile: all of that
+        may be in the file already, since identities wait for their FILLING, payloads for both, and READY for the payload.
+        """
         try:
-            for start, length in page_ranges(column_offset, row_bytes, at):
-                _write_whole(self._descriptor, self._pages[start : start + length], start)
+            with self._file_lock:
+                if self._descriptor < 0:
+                    return False
+                for start, length in page_ranges(column_offset, row_bytes, at):
+                    _write_whole(self._descriptor, self._pages[start : start + length], start)
         except OSError as error:
             return self._noted("directory", error)
         return True
@@ -255,7 +273,8 @@ class FileSegment:
     def _give_up(self, at: NDArray[np.int64]) -> None:
         """Free slots whose pages could not be written. Should even that not reach the file, its rows are still right:
         a FILLING one is free to a scan, and a READY one has its payload until a next FILLING was written."""
-        self.directory.free(at)
+        with self._lock:
+            self.directory.free(at)
         self._put_states(at)
 
     def _noted(self, action: str, outcome: Exception | None) -> bool:
@@ -280,11 +299,14 @@ def _read_header(path: Path) -> tuple[Header, int]:
             raise Invalid(f"{path}: {error}") from error
 
 
-def _read_whole(descriptor: int, size: int) -> bytes:
-    data = os.pread(descriptor, size, 0)
-    if len(data) != size:
-        raise OSError(errno.EIO, f"the directory has {len(data)} bytes, its header says {size}")
-    return data
+def _read_directory(path: Path, size: int) -> memoryview:
+    """A copy of a file's directory, page aligned as O_DIRECT wants it."""
+    pages = memoryview(mmap.mmap(-1, size))
+    with open(path, "rb", buffering=0) as file:
+        received = file.readinto(pages)
+    if received != size:
+        raise OSError(errno.EIO, f"the directory has {received} bytes, its header says {size}")
+    return pages
 
 
 def _write_whole(descriptor: int, data: memoryview, offset: int) -> None:
