@@ -206,9 +206,7 @@ def from_file(file: Path | None) -> Iterator[tuple[str, str, Any]]:
         with open(file, "rb") as stream:
             data = stream.read(FILE_BYTES_MAX + 1)
         if len(data) > FILE_BYTES_MAX:
-            raise Invalid(
-                f"{file}: is over the maximum of {size_text(FILE_BYTES_MAX)}: give the right file with --config"
-            )
+            raise Invalid(f"{file}: is over the maximum of {size_text(FILE_BYTES_MAX)}: give the right file with --config")
         document = tomllib.loads(data.decode())
     except OSError as error:
         raise Invalid(f"{file}: cannot be read ({error.strerror}): give another file with --config") from error

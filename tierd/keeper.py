@@ -13,6 +13,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 from tierd import clock
@@ -36,6 +37,8 @@ SYNC_POLL_SECONDS = 0.1
 PAUSE_SECONDS = 2.0
 """How long a tier that had no room on its medium is not asked again."""
 HANDOVER_SECONDS_MAX = 30.0
+PATIENCE_SECONDS = 1.0
+"""How long a segment that a client does not give back is waited for before another one is taken."""
 RECENCY_SECONDS = 1.0
 
 
@@ -54,6 +57,7 @@ class Keeper:
         self._paused_until = [0.0 for _ in tiers]
         self._handing: list[asyncio.Task[bool] | None] = [None for _ in tiers]
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._turns = count(1)
         self._closing = False
 
     # -- write-back ---------------------------------------------------------------------------------------------------
@@ -86,7 +90,8 @@ class Keeper:
     def _moved(self, space: Space, transfer: Transfer) -> None:
         self._progress.set()
         if transfer.reason == WRITE_BACK:
-            for other in self.spaces.values():
+            space.turn = next(self._turns)
+            for other in sorted(self.spaces.values(), key=lambda other: other.turn):  # who was served last waits longest
                 self.pump(other)
         else:
             self.pump(space)
@@ -170,7 +175,7 @@ class Keeper:
     async def _take_over(self, space: Space, tier: int) -> None:
         """A space without a segment gets one, or Busy."""
         deadline = clock.monotonic_seconds() + HANDOVER_SECONDS_MAX
-        while not space.arenas[tier].segments:
+        while not space.arenas[tier].pool.slots:
             if self._handing[tier] is None:
                 if not self._victim(space, tier):
                     raise Busy(f"every segment of the {self.tiers[tier].name} tier is in use by other namespaces")
@@ -182,7 +187,7 @@ class Keeper:
 
     def _victim(self, taker: Space, tier: int) -> tuple[Space, int] | None:
         """The coldest segment of another space that the taker deserves more, or None."""
-        need = not taker.arenas[tier].segments
+        need = not taker.arenas[tier].pool.slots
         best: tuple[int, Space, int] | None = None
         for space in self.spaces.values():
             pool = space.arenas[tier].pool
@@ -198,7 +203,8 @@ class Keeper:
     async def _hand_over(self, taker: Space, tier: int) -> bool:
         try:
             while (choice := self._victim(taker, tier)) is not None:
-                await self._kill(*choice, tier)
+                dying = self._background(self._kill(*choice, tier))
+                await asyncio.wait([dying], timeout=PATIENCE_SECONDS)
                 if await self.grow(taker, taker.arenas[tier]):
                     self.handovers += 1
                     self.pump(taker)

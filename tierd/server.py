@@ -330,9 +330,7 @@ class Connection:
                 fields = await result
             self._reply(request, fields)
         except TimeoutError as error:
-            late = (
-                Busy(f"{request.verb}: no answer within {seconds:g} s; go on without") if timeout.expired() else error
-            )
+            late = Busy(f"{request.verb}: no answer within {seconds:g} s; go on without") if timeout.expired() else error
             self._fail(request.id, late)
         except Exception as error:
             self._fail(request.id, error)

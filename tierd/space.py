@@ -87,6 +87,8 @@ class Space:
         lower = self.arenas[LOWER].pool if len(tiers) > 1 else None
         self.cache = Cache(self.arenas[UPPER].pool, lower, window_share=window_share, write_back=write_back)
         self.sessions: dict[int, Attached] = {}
+        self.turn = 0
+        """When its last write-back ended, as a number that grows over all spaces."""
         self._done: dict[int, asyncio.Event] = {}
 
     def __repr__(self) -> str:

@@ -45,9 +45,7 @@ class Step:
         self._vectors_per_layer = 2 * heads * block_tokens
         self._read = (pages * layout.layers * self._runs_per_layer + parts).flatten()
         page_of_token = pages[positions // block_tokens] * layout.layers
-        self._write = (
-            (page_of_token * self._runs_per_layer + parts) * block_tokens + positions % block_tokens
-        ).flatten()
+        self._write = ((page_of_token * self._runs_per_layer + parts) * block_tokens + positions % block_tokens).flatten()
         self.mask = self._causal_mask(positions, tensor.dtype) if start and end - start > 1 else None
 
     def _causal_mask(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -85,9 +85,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     window = getattr(config, "sliding_window", None)
     rope = getattr(config, "rope_parameters", None) or {}
-    rope_types = {
-        str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)
-    } & ROPE_OF_LENGTH
+    rope_types = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)} & ROPE_OF_LENGTH
     reasons = [
         (config.is_encoder_decoder, "an encoder beside its decoder"),
         (bool(layer_types), f"layers of type {', '.join(sorted(map(str, layer_types)))}"),

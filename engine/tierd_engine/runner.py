@@ -21,9 +21,7 @@ class Runner:
     def __init__(self, model: PreTrainedModel, pool: PagePool, chunk_tokens: int = 512) -> None:
         model.set_attn_implementation(attention.NAME)
         if model.config._attn_implementation != attention.NAME:
-            raise Invalid(
-                f"{type(model).__name__} has attention code of its own that cannot be paged; use another model"
-            )
+            raise Invalid(f"{type(model).__name__} has attention code of its own that cannot be paged; use another model")
         self.model = model.eval()
         self.pool = pool
         self.chunk_tokens = chunk_tokens

@@ -187,9 +187,7 @@ def test_the_probe_says_what_it_chose_and_why(tmp_path: Path) -> None:
     """posix is taken when asked for; auto gives a reason when it is not kvikio. No scratch file stays."""
     assert probe(tmp_path, "posix", 10.0, 1).engine == "posix"
     choice = probe(tmp_path, "auto", 20.0, 1)
-    assert choice.engine == "kvikio" or any(
-        text in choice.reason for text in ("no NVIDIA GPU", "not installed", "kvikio")
-    )
+    assert choice.engine == "kvikio" or any(text in choice.reason for text in ("no NVIDIA GPU", "not installed", "kvikio"))
     assert list(tmp_path.iterdir()) == []
 
 

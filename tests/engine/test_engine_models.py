@@ -96,7 +96,5 @@ def test_the_layout_is_that_of_the_models_own_keys(write_model: Callable[..., Pa
     """Heads and head size by the configuration, whatever its keys are called."""
     grouped = layout_of(load_model(write_model("llama", num_key_value_heads=2, head_dim=32)), "float32")
     assert (grouped.layers, grouped.kv_heads, grouped.head_dim, grouped.block_tokens) == (2, 2, 32, 16)
-    plain = layout_of(
-        AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](n_layer=1, n_head=3, n_embd=48)), "float32"
-    )
+    plain = layout_of(AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](n_layer=1, n_head=3, n_embd=48)), "float32")
     assert (plain.layers, plain.kv_heads, plain.head_dim) == (1, 3, 16)

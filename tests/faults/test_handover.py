@@ -6,14 +6,16 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.faults.content import chain
-from tests.faults.house import House, until
+from tests.faults.house import LAYOUT, House, until
 from tests.faults.pressure import press, store
 from tests.faults.puppet import Puppet
 from tests.faults.raw import RawClient
 from tierd.adopt import adopt
+from tierd.client import Client
 from tierd.errors import Busy
 
 BLOCKS = 200
@@ -72,3 +74,17 @@ def test_half_a_segment_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) ->
     assert removed == ["segment-00-slots"]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(half)
+
+
+def test_a_client_that_gives_nothing_back_does_not_keep_others_from_memory(short_path: Path) -> None:
+    """A stopped engine has the coldest segment: the next coldest one changes hands instead."""
+    with House(short_path, cpu__bytes="12MiB", nvme__bytes="32MiB") as house:
+        stopped = Puppet(house.socket, ("hello",), ("store", "cold", 8), ("fill", 0, 8), ("commit",), model="stopped")
+        owner = Client(house.socket, model="owner", layout=LAYOUT)
+        with stopped, owner:
+            pool = np.zeros((BLOCKS, LAYOUT.block_bytes), np.uint8)
+            assert owner.store(chain("owner", BLOCKS), pool, range(BLOCKS)).stored == BLOCKS
+            other = RawClient(house.socket, model="other")
+            other.hello()
+            assert store(other, chain("other", 8)) == 0
+            assert house.wait_ready()["tiers"]["cpu"]["used_bytes"] <= 12 << 20

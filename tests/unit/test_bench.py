@@ -58,17 +58,11 @@ def test_a_bench_prints_one_object_with_its_rows(name: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     printed: dict[str, Any] = json.loads(done.stdout)
     assert printed["bench"] == name
-    assert {"cpu", "cores", "memory_bytes", "kernel", "python", "gpu", "filesystem", "steal_share"} <= printed[
-        "machine"
-    ].keys()
+    assert {"cpu", "cores", "memory_bytes", "kernel", "python", "gpu", "filesystem", "steal_share"} <= printed["machine"].keys()
     for row in printed["rows"]:
         assert ROW_KEYS[name] <= row.keys()
-        assert all(
-            value > 0 for key, value in row.items() if key.endswith(("_p50", "_p99", "_second", "_block", "_ratio"))
-        )
-    assert {(key, value) for row in printed["rows"] for key, value in row.items() if type(value) in (int, str)} >= ROWS[
-        name
-    ]
+        assert all(value > 0 for key, value in row.items() if key.endswith(("_p50", "_p99", "_second", "_block", "_ratio")))
+    assert {(key, value) for row in printed["rows"] for key, value in row.items() if type(value) in (int, str)} >= ROWS[name]
     assert list(tmp_path.iterdir()) == []
 
 

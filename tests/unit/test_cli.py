@@ -97,9 +97,7 @@ def test_a_wrong_configuration_ends_with_two_before_anything_is_made(tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["status", "sync"])
-def test_without_a_daemon_commands_end_with_three(
-    command: str, short_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_daemon_commands_end_with_three(command: str, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the socket and how to start a daemon."""
     assert main([command, "--runtime-dir", str(short_path)]) == UNREACHABLE
     assert f"no daemon at {short_path}/admin.sock" in capsys.readouterr().err
@@ -137,9 +135,7 @@ no namespace was opened yet
 """
 
 
-def test_status_prints_for_people_and_for_programs(
-    admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_prints_for_people_and_for_programs(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The same answer as a page with units, and as JSON with every value as it is."""
     runtime = admin(lambda request: encode({"id": request["id"], "ok": True, **STATUS}))
     assert main(["status", "--runtime-dir", str(runtime)]) == 0
@@ -148,9 +144,7 @@ def test_status_prints_for_people_and_for_programs(
     assert json.loads(capsys.readouterr().out) == STATUS | {"incarnation": "0f"}
 
 
-def test_sync_asks_again_while_the_daemon_is_busy(
-    admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sync_asks_again_while_the_daemon_is_busy(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The daemon's own limit on waiting is shorter than the user's patience: `busy` is asked again, with a deadline."""
     requests = []
 
@@ -166,13 +160,9 @@ def test_sync_asks_again_while_the_daemon_is_busy(
     assert all(0 < request["deadline_ms"] <= 20_000 for request in requests)
 
 
-def test_sync_gives_up_with_one_when_time_is_over(
-    admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sync_gives_up_with_one_when_time_is_over(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """A daemon that stays busy makes the command fail, not hang."""
-    busy = admin(
-        lambda request: encode({"id": request["id"], "ok": False, "error": "busy", "message": "9 blocks left"})
-    )
+    busy = admin(lambda request: encode({"id": request["id"], "ok": False, "error": "busy", "message": "9 blocks left"}))
     assert main(["sync", "--timeout", "0.1", "--runtime-dir", str(busy)]) == FAILED
     assert "not everything was on NVMe after 0.1 s: 9 blocks left" in capsys.readouterr().err
 

@@ -37,9 +37,7 @@ def test_without_a_daemon_every_call_is_a_miss_at_once(connect: Connect) -> None
     assert client.statistics["tiers"] == {"miss": 100}
 
 
-def test_a_client_that_came_first_connects_when_the_daemon_is_there(
-    tmp_path: Path, memory: Memory, connect: Connect
-) -> None:
+def test_a_client_that_came_first_connects_when_the_daemon_is_there(tmp_path: Path, memory: Memory, connect: Connect) -> None:
     """The order of starting does not matter."""
     client, pool = connect(), content(1)
     assert client.store(names(1), pool, [0]) == MISS

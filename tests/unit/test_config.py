@@ -78,9 +78,7 @@ def test_nvme_bytes_of_zero_means_no_disk_tier() -> None:
 def test_domains_map_users_to_names(tmp_path: Path) -> None:
     """A table in TOML and pairs in text mean the same."""
     table = load('[server.domains]\n1000 = "a"\n1001 = "b"', tmp_path=tmp_path)
-    assert (
-        table.server.domains == load(TIERD_SERVER_DOMAINS="1000=a,1001=b").server.domains == {"1000": "a", "1001": "b"}
-    )
+    assert table.server.domains == load(TIERD_SERVER_DOMAINS="1000=a,1001=b").server.domains == {"1000": "a", "1001": "b"}
 
 
 @pytest.mark.parametrize(

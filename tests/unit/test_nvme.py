@@ -298,9 +298,7 @@ def test_writers_of_one_segment_do_not_disturb_each_other(tmp_path: Path) -> Non
     """Threads that share directory pages store, read and free; whatever is ready at the end is right in the file
     too."""
     layout_slots = 24
-    segment = FileSegment.create(
-        tmp_path, NAMESPACE, Geometry(layout_slots, LAYOUT.block_bytes).total_bytes, 1, PosixEngine()
-    )
+    segment = FileSegment.create(tmp_path, NAMESPACE, Geometry(layout_slots, LAYOUT.block_bytes).total_bytes, 1, PosixEngine())
     problems: list[object] = []
 
     def work(mine: list[int]) -> None:

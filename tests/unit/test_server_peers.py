@@ -65,12 +65,8 @@ def test_descriptors_that_a_peer_sends_are_not_kept(server: Daemon) -> None:
 
 def test_the_peer_is_known_by_pid_uid_gid_and_pidfd(server: Daemon, handler: Scripted) -> None:
     """The pidfd says when the process is gone, and is closed with the connection."""
-    script = (
-        "import socket,sys;s=socket.socket(socket.AF_UNIX);s.connect(sys.argv[1]);print(1,flush=True);sys.stdin.read()"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, str(server.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    script = "import socket,sys;s=socket.socket(socket.AF_UNIX);s.connect(sys.argv[1]);print(1,flush=True);sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", script, str(server.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == b"1\n"
     wait_until(server, lambda: handler.open)
     peer = handler.open[0].peer

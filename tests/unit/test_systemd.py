@@ -79,9 +79,7 @@ def test_a_name_that_would_break_the_protocol_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, True), ("12", True), ("0", False), ("x", False)])
-def test_the_manager_may_say_that_it_stores_nothing(
-    limit: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_manager_may_say_that_it_stores_nothing(limit: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """FDSTORE is how many it keeps; absent in older systemd."""
     monkeypatch.setenv("NOTIFY_SOCKET", "@x")
     monkeypatch.setenv("FDSTORE", limit) if limit else monkeypatch.delenv("FDSTORE", raising=False)

@@ -37,9 +37,7 @@ class Echo:
     def __enter__(self) -> Echo:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._socket.close()
         try:
             self._process.wait(SECONDS_MAX)

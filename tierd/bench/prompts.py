@@ -27,8 +27,7 @@ def realistic(seed: int) -> Iterator[bytes]:
     random = np.random.default_rng(seed)
     systems = [random.bytes(_between(random, *SYSTEM_BLOCKS) * HASH_BYTES) for _ in range(SYSTEM_PROMPTS)]
     documents = [
-        systems[at % SYSTEM_PROMPTS] + random.bytes(_between(random, *DOCUMENT_BLOCKS) * HASH_BYTES)
-        for at in range(DOCUMENTS)
+        systems[at % SYSTEM_PROMPTS] + random.bytes(_between(random, *DOCUMENT_BLOCKS) * HASH_BYTES) for at in range(DOCUMENTS)
     ]
     turns: deque[bytes] = deque(maxlen=TURNS_OPEN)
     while True:

@@ -126,9 +126,7 @@ def measure(task: Task, block_bytes: int, threads: int, call_blocks: int = 0, wr
         row[f"{name}_bytes_per_second"] = chain_bytes / median(seconds[name])
     for name in ("store", "load"):
         row[f"{name}_ratio"] = median(seconds["memcpy"]) / median(seconds[name])
-        row[f"{name}_ratio_pairwise"] = median(
-            m / taken for m, taken in zip(seconds["memcpy"], seconds[name], strict=True)
-        )
+        row[f"{name}_ratio_pairwise"] = median(m / taken for m, taken in zip(seconds["memcpy"], seconds[name], strict=True))
     return {
         **row,
         "rounds": len(seconds["load"]),

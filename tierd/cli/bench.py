@@ -22,9 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Which bench, for whom, and on which disk."""
     parser.add_argument("bench", choices=(*BENCHES, "all"), help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds with little data: shows that it runs, not how fast"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds with little data: shows that it runs, not how fast")
     parser.add_argument(
         "--directory",
         type=Path,

@@ -100,9 +100,7 @@ class Connection:
         """Ask and wait; returns the checked reply or raises the error it carries, NoAnswer or Closed."""
         return self.wait(self.ask(verb, arguments, seconds, undo), seconds)
 
-    def ask(
-        self, verb: str, arguments: dict[str, Any], seconds: float, undo: str | None = None, later: bool = False
-    ) -> Ticket:
+    def ask(self, verb: str, arguments: dict[str, Any], seconds: float, undo: str | None = None, later: bool = False) -> Ticket:
         """Send a request, to be waited for or abandoned later; `later` means with the next one, or when it is waited for.
 
         Waking the daemon costs a system call that may take as long as copying a block.

@@ -21,7 +21,7 @@ from tierd.errors import Closed, Gone, TierdError
 from tierd.wire.messages import NO_ROOM, WRITING, unpack_slots
 
 BATCH_BLOCKS = 32
-BATCH_BYTES = 32 << 20
+BATCH_BYTES = 8 << 20
 """A batch has BATCH_BLOCKS, or as many smaller ones as make this: milliseconds of copying for each round trip."""
 
 

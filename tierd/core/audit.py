@@ -31,9 +31,7 @@ def audit(index: Index, pools: list[Pool], sessions: list[Session], transfers: l
         assert not len(stray), f"{name} slots {stray[:8]} are ready or in the tree, but not both"
 
 
-def _users(
-    tier: int, slots: int, sessions: list[Session], transfers: list[Transfer]
-) -> tuple[NDArray[np.int32], Slots]:
+def _users(tier: int, slots: int, sessions: list[Session], transfers: list[Transfer]) -> tuple[NDArray[np.int32], Slots]:
     """By slot (of `slots`): how many leases and transfers use it; and the slots that somebody fills."""
     used: list[Slots] = [np.empty(0, np.int32)]
     filled: list[Slots] = [np.empty(0, np.int32)]

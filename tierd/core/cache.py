@@ -238,9 +238,7 @@ class Cache:
         wanted = np.flatnonzero(codes == NO_ROOM)
         new = set(names(pick(hashes, wanted)))
         if len(new) < len(wanted) or ROOT in new:
-            raise Invalid(
-                "store: a block hash is there twice, or is all zeros; hashes must be chained over their parents"
-            )
+            raise Invalid("store: a block hash is there twice, or is all zeros; hashes must be chained over their parents")
         if not new.isdisjoint(self._pending):
             pending = np.array([block in self._pending for block in names(pick(hashes, wanted))], np.bool_)
             codes[wanted[pending]] = PENDING
@@ -257,9 +255,7 @@ class Cache:
         self.upper.begin(taken, run, pick(parent + hashes[:-HASH_BYTES], wanted))
         self.upper.touched(taken, now)
         everything = np.ones(len(taken), np.bool_)
-        lease = Lease(
-            next(self._ids), session_id, parent, hashes, taken, nothing(0), len(taken), everything, positions=wanted
-        )
+        lease = Lease(next(self._ids), session_id, parent, hashes, taken, nothing(0), len(taken), everything, positions=wanted)
         session.leases[lease.id] = lease
         session.tell(taken)
         self._pending.update(names(run))
@@ -382,9 +378,7 @@ class Cache:
         blocks = leading(slots.max(0) >= 0)
         if blocks == slots.shape[1]:
             return slots, pieces
-        kept = [
-            piece._replace(blocks=min(piece.blocks, blocks - at)) for at, piece in _positions(pieces) if at < blocks
-        ]
+        kept = [piece._replace(blocks=min(piece.blocks, blocks - at)) for at, piece in _positions(pieces) if at < blocks]
         return slots[:, :blocks], kept
 
     def _attribute(self, hashes: bytes, blocks: int, up: int) -> dict[str, int]:

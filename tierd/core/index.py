@@ -27,20 +27,22 @@ from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.policy.lru import Lru
-from tierd.core.table import Table
+from tierd.core.table import Cells, Table
 
 Slots = NDArray[np.int32]
+NODES_AT_ONCE = 64
 
 
 class Node:
-    """A run of n blocks: hashes (32 n bytes), slots (int32[tiers, n])."""
+    """A run of n blocks: hashes (32 n bytes), slots (int32[tiers, n]), cells (int32[n]: their places in the table)."""
 
-    __slots__ = ("children", "hashes", "id", "last_use", "parent", "slots", "uses")
+    __slots__ = ("cells", "children", "hashes", "id", "last_use", "parent", "slots", "uses")
 
-    def __init__(self, node_id: int, hashes: bytes, slots: Slots, parent: Node | None) -> None:
+    def __init__(self, node_id: int, hashes: bytes, slots: Slots, cells: Cells, parent: Node | None) -> None:
         self.id = node_id
         self.hashes = hashes
         self.slots = slots
+        self.cells = cells
         self.parent = parent
         self.children: dict[bytes, Node] | None = None
         self.last_use = 0
@@ -87,7 +89,7 @@ class Index:
         self._latest = 0
         self._nodes: list[Node | None] = [None]
         self._ids: list[int] = []
-        self.root = Node(0, b"", np.empty((tiers, 0), np.int32), None)
+        self.root = Node(0, b"", np.empty((tiers, 0), np.int32), np.empty(0, np.int32), None)
 
     # -- finding ------------------------------------------------------------------------------------------------------
 
@@ -136,15 +138,18 @@ class Index:
         """Pieces that match `hashes` from byte `at`, where block `offset` of `node` (or its children) comes next."""
         pieces: list[Piece] = []
         while True:
-            start, size = offset * HASH_BYTES, len(node.hashes)
-            if start < size:
-                count = _common(node.hashes, start, hashes, at)
-                if count:
-                    pieces.append(Piece(node, offset, count))
+            run = node.hashes
+            size = len(run) - offset * HASH_BYTES
+            if offset == 0 and hashes.startswith(run, at):
+                count = size // HASH_BYTES
+            else:
+                count = _common(run, offset * HASH_BYTES, hashes, at)
+            if count:
+                pieces.append(Piece(node, offset, count))
                 at += count * HASH_BYTES
-                if start + count * HASH_BYTES < size:
-                    return pieces
-            child = node.children.get(hashes[at : at + HASH_BYTES]) if node.children else None
+            if count * HASH_BYTES < size or not node.children:
+                return pieces
+            child = node.children.get(hashes[at : at + HASH_BYTES])
             if child is None:
                 return pieces
             node, offset = child, 0
@@ -159,10 +164,10 @@ class Index:
         """
         now = self._latest = max(self._latest, now)
         if node.parent is not None and not node.children and node.last_use == now:
-            self.table.add(self.table.fragments(hashes), np.full(slots.shape[1], node.id, np.int32))
-            self.blocks += slots.shape[1]
+            cells = self._enter(hashes, node.id)
             node.hashes += hashes
             node.slots = np.concatenate((node.slots, slots), axis=1)
+            node.cells = np.concatenate((node.cells, cells))
         else:
             node = self.attach(node, hashes, slots.copy(), now)
         self.touched[node] = None
@@ -171,10 +176,8 @@ class Index:
 
     def attach(self, parent: Node, hashes: bytes, slots: Slots, last_use: int, uses: int = 0) -> Node:
         """Add a child of the last block of `parent`, without a place in the orders: `arrange` gives it one."""
-        node = self._add(parent, hashes, slots, last_use, uses)
-        self.blocks += len(node)
-        self.table.add(self.table.fragments(hashes), np.full(len(node), node.id, np.int32))
-        return node
+        node_id = self._ids.pop() if self._ids else len(self._nodes)
+        return self._add(node_id, parent, hashes, slots, self._enter(hashes, node_id), last_use, uses)
 
     def arrange(self, nodes: list[Node]) -> None:
         """Enter nodes into the orders, the first as the coldest."""
@@ -188,14 +191,19 @@ class Index:
         """Cut a node before block `offset` (0 < offset < len): returns the new head; `node` stays as the tail."""
         cut = offset * HASH_BYTES
         assert node.parent is not None and 0 < cut < len(node.hashes)
-        head = self._add(node.parent, node.hashes[:cut], node.slots[:, :offset].copy(), node.last_use, node.uses)
-        node.hashes, node.slots = node.hashes[cut:], node.slots[:, offset:].copy()
+        node_id = self._ids.pop() if self._ids else len(self._nodes)
+        slots, cells = node.slots[:, :offset].copy(), node.cells[:offset].copy()
+        head = self._add(node_id, node.parent, node.hashes[:cut], slots, cells, node.last_use, node.uses)
+        node.hashes, node.slots, node.cells = (
+            node.hashes[cut:],
+            node.slots[:, offset:].copy(),
+            node.cells[offset:].copy(),
+        )
         node.parent, head.children = head, {node.hashes[:HASH_BYTES]: node}
-        if len(head) > len(node):  # the larger part keeps the id that its table entries name
+        smaller, larger = (node, head) if len(head) > len(node) else (head, node)
+        if larger is head:  # the larger part keeps the id that its table entries name
             self._swap_ids(head, node)
-            self.table.reassign(self.table.fragments(node.hashes), head.id, node.id)
-        else:
-            self.table.reassign(self.table.fragments(head.hashes), node.id, head.id)
+        self.table.reassign(smaller.cells, smaller.hashes, larger.id, smaller.id)
         if node in self.touched:
             self.touched[head] = None
         self._enlist(head)
@@ -222,9 +230,8 @@ class Index:
             member.last_use = now
             member.uses += 1
             self.touched[member] = None
-            for order in self.orders:
-                if member in order:
-                    order.touch(member)
+        for order in self.orders:
+            order.touch(path)
         if any(len(member.children or ()) == 1 for member in path[1:]):
             return self._merge(path, pieces)
         return pieces
@@ -262,11 +269,12 @@ class Index:
         top, largest = group[0], max(group, key=len)
         for node in group:
             if node is not largest:
-                self.table.reassign(self.table.fragments(node.hashes), node.id, largest.id)
+                self.table.reassign(node.cells, node.hashes, node.id, largest.id)
         if largest is not top:
             self._swap_ids(top, largest)
         top.hashes = b"".join([node.hashes for node in group])
         top.slots = np.concatenate([node.slots for node in group], axis=1)
+        top.cells = np.concatenate([node.cells for node in group])
         top.children = group[-1].children
         for child in (top.children or {}).values():
             child.parent = top
@@ -292,18 +300,17 @@ class Index:
 
     def trim(self, nodes: Iterable[Node]) -> None:
         """Remove what lives nowhere from the tails of these nodes, and of ancestors that become childless."""
-        dropped: list[bytes] = []
-        owners: list[tuple[int, int]] = []
         for node in nodes:
             while node.parent is not None and not node.children and self._nodes[node.id] is node:
                 used = np.flatnonzero((node.slots >= 0).any(0))
                 keep = int(used[-1]) + 1 if len(used) else 0
                 if keep == len(node):
                     break
-                dropped.append(node.hashes[keep * HASH_BYTES :])
-                owners.append((node.id, len(node) - keep))
+                self.table.drop(node.cells[keep:], node.hashes[keep * HASH_BYTES :], node.id)
+                self.blocks -= len(node) - keep
                 if keep:
                     node.hashes, node.slots = node.hashes[: keep * HASH_BYTES], node.slots[:, :keep].copy()
+                    node.cells = node.cells[:keep].copy()
                     break
                 above = node.parent
                 assert above.children is not None
@@ -312,11 +319,6 @@ class Index:
                     above.children = None
                 self._forget(node)
                 node = above
-        if dropped:
-            ids, counts = zip(*owners, strict=True)
-            fragments = self.table.fragments(b"".join(dropped))
-            self.blocks -= len(fragments)
-            self.table.drop(fragments, np.repeat(np.array(ids, np.int32), counts))
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 
@@ -339,9 +341,7 @@ class Index:
             if node is not self.root:
                 blocks += len(node)
                 self._check_node(node, ranks)
-        assert blocks == self.blocks == self.table.size, (
-            f"{blocks} blocks, {self.blocks} counted, {self.table.size} in table"
-        )
+        assert blocks == self.blocks == self.table.size, f"{blocks} blocks, {self.blocks} counted, {self.table.size} in table"
         assert len(self._nodes) - 1 - len(self._ids) == sum(1 for _ in self.nodes()), "node ids leak"
         assert all(self._nodes[node.id] is node for node in self.touched), "a forgotten node is still marked as touched"
         self.table.check()
@@ -349,6 +349,7 @@ class Index:
     def _check_node(self, node: Node, ranks: list[dict[Node, int]]) -> None:
         assert len(node) and node.slots.shape == (self.tiers, len(node)), f"{node}: slots {node.slots.shape}"
         assert self._nodes[node.id] is node, f"{node} is not at its id"
+        self.table.check_entry(node.cells, node.hashes, node.id)
         for at in range(0, len(node.hashes), HASH_BYTES):
             assert self.find(node.hashes[at : at + HASH_BYTES]) == (node, at // HASH_BYTES), f"{node}: {at} unknown"
         for tier, rank in enumerate(ranks):
@@ -358,9 +359,28 @@ class Index:
         if not node.children:
             assert (node.slots[:, -1] >= 0).any(), f"{node} ends in a block that lives nowhere"
 
-    def _add(self, parent: Node, hashes: bytes, slots: Slots, last_use: int, uses: int) -> Node:
-        node_id = self._ids.pop() if self._ids else len(self._nodes)
-        node = Node(node_id, hashes, slots, parent)
+    def _enter(self, hashes: bytes, owner: int) -> Cells:
+        """Enter new blocks into the table; returns their places there."""
+        count = len(hashes) // HASH_BYTES
+        if not self.table.has_room(count):
+            self._enlarge(count)
+        self.blocks += count
+        return self.table.add(self.table.fragments(hashes), np.int32(owner))
+
+    def _enlarge(self, count: int) -> None:
+        """Make the table larger: everything finds a new place, many nodes at a time."""
+        nodes = list(self.nodes())
+        self.table.enlarge(count)
+        for at in range(0, len(nodes), NODES_AT_ONCE):
+            some = nodes[at : at + NODES_AT_ONCE]
+            fragments = self.table.fragments(b"".join([node.hashes for node in some]))
+            ids = np.array([node.id for node in some], np.int32)
+            cells = self.table.add(fragments, np.repeat(ids, [len(node) for node in some]))
+            for node in some:
+                node.cells, cells = cells[: len(node)].copy(), cells[len(node) :]
+
+    def _add(self, node_id: int, parent: Node, hashes: bytes, slots: Slots, cells: Cells, last_use: int, uses: int) -> Node:
+        node = Node(node_id, hashes, slots, cells, parent)
         node.last_use, node.uses = last_use, uses
         if node_id == len(self._nodes):
             self._nodes.append(node)
@@ -380,9 +400,7 @@ class Index:
         for order, row in zip(self.orders, node.slots, strict=True):
             if node not in order and row.max() >= 0:
                 order.add(node)
-                for member in self.path(node):
-                    if member in order:
-                        order.touch(member)
+                order.touch(self.path(node))
 
     def _forget(self, node: Node) -> None:
         for order in self.orders:
@@ -405,8 +423,8 @@ def _offset(run: bytes, block: bytes) -> int:
 def _common(run: bytes, start: int, hashes: bytes, at: int) -> int:
     """How many whole hashes `run` from byte `start` and `hashes` from byte `at` have in common."""
     size = min(len(run) - start, len(hashes) - at)
-    if size == 0 or (start == 0 and size == len(run) and hashes.startswith(run, at)):
-        return size // HASH_BYTES
+    if size == 0:
+        return 0
     left = np.frombuffer(run, np.uint64, size // 8, start)
     right = np.frombuffer(hashes, np.uint64, size // 8, at)
     differ = left != right

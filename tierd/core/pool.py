@@ -134,8 +134,11 @@ class Pool:
 
     def retire(self, slots: Slots) -> None:
         """The blocks left the index: free at once what nobody uses, the rest with its last user."""
-        self.state[slots] = RETIRED
-        self._release(slots[self.users[slots] == 0])
+        idle = self.users[slots] == 0
+        if not idle.all():
+            self.state[slots] = RETIRED
+            slots = slots[idle]
+        self._release(slots)
 
     def quarantine(self, slots: Slots) -> None:
         """Never use these slots again in this life; on the medium they are free."""

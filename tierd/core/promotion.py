@@ -1,6 +1,6 @@
 """Promotion: copying up what leases wait for, window by window, so that a prefix may be longer than the tier above.
 
-A window is bounded by a share of the upper tier and moved in transfers of `TRANSFER_BLOCKS_MAX` blocks, head first, so
+A window is bounded by a share of the upper tier, and moved in transfers of `TRANSFER_BLOCKS_MAX` blocks, head first, so
 that the first blocks can be loaded while the others are on their way. A block that is on its way already is waited for,
 not moved again.
 """
@@ -18,6 +18,8 @@ from tierd.core.room import Room
 from tierd.core.transfers import Transfers
 
 TRANSFER_BLOCKS_MAX = 64
+WINDOW_BLOCKS_MAX = 1024
+"""What keeps every medium busy until the next load; planning more at once would keep everybody else waiting."""
 
 
 class Promotion:
@@ -30,7 +32,7 @@ class Promotion:
     @property
     def window(self) -> int:
         """Blocks that one lease may have on their way up."""
-        return max(1, int(self._pools[UPPER].slots * self._window_share))
+        return max(1, min(WINDOW_BLOCKS_MAX, int(self._pools[UPPER].slots * self._window_share)))
 
     def start(self, lease: Lease, first: int, reason: str, now: int) -> None:
         """Bring the window of a lease from block `first` up, as far as there is room.

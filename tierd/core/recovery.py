@@ -138,6 +138,7 @@ def _grow(index: Index, blocks: _Blocks) -> NDArray[np.int64]:
     """
     arrays = (blocks.order, blocks.start, blocks.only_child, blocks.last_use, blocks.uses)
     order, start, only_child, last_use, uses = (array.tolist() for array in arrays)
+    index.table.enlarge(blocks.count)
     reached: list[int] = []
     nodes: list[Node] = []
     stack = [(index.root, block) for block in order[start[0] : start[1]]]

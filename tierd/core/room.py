@@ -16,7 +16,7 @@ from tierd.core.index import Index, Node
 from tierd.core.plan import LOWER, TIERS, Slots
 from tierd.core.pool import Pool
 
-QUANTUM = 256
+QUANTUM = 1024
 """Evict at least this many at a time (or a 64th of the tier), so that the cost per block is an array operation's."""
 
 
@@ -67,15 +67,18 @@ class Room:
         trimmed: list[Node] = []
         taken = clean = 0
         for node in order.coldest():
+            row = node.slots[tier]
             offsets = self._victims(node, tier, node in path)[taken - count :]
             if not len(offsets):
                 continue
-            gone.append(node.slots[tier, offsets])
-            clean += int(self._elsewhere(node, tier)[offsets].sum())
+            gone.append(row[offsets])
+            row[offsets] = -1
+            kept = int(np.count_nonzero(self._elsewhere(node, tier)[offsets]))
+            if kept < len(offsets):
+                trimmed.append(node)
+            clean += kept
             taken += len(offsets)
-            node.slots[tier, offsets] = -1
-            trimmed.append(node)
-            if node.slots[tier].max() < 0:
+            if row.max() < 0:
                 emptied.append(node)
             if taken >= count:
                 break
@@ -89,7 +92,7 @@ class Room:
     def _victims(self, node: Node, tier: int, is_ancestor: bool) -> NDArray[np.intp]:
         """Offsets of the node's blocks that may go, head first."""
         row = node.slots[tier]
-        offsets = np.flatnonzero(row >= 0)
+        offsets: NDArray[np.intp] = (row >= 0).nonzero()[0]
         busy = self._pools[tier].users[row[offsets]] > 0
         if tier == LOWER:
             if is_ancestor or any(child.slots[tier, 0] >= 0 for child in (node.children or {}).values()):

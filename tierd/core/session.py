@@ -97,6 +97,4 @@ class Session:
         for ordinal, directory in pool.segments.items():
             first = ordinal * pool.slots_per_segment
             bits = (directory.holders & np.uint64(1 << self.bit)) != 0
-            assert (bits == expected[first : first + pool.slots_per_segment]).all(), (
-                f"bits of session {self.id} are wrong"
-            )
+            assert (bits == expected[first : first + pool.slots_per_segment]).all(), f"bits of session {self.id} are wrong"

@@ -19,13 +19,18 @@ from struct import Struct
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd.block import HASH_BYTES
+
+Cells = NDArray[np.int32]
+"""Places in the table, one per key."""
+
 CELLS = 8
 LOAD_MAX = 0.75
 BUCKETS_MIN = 64
 
 
 class Table:
-    """Multimap from uint32 fragments to int32 owners (> 0); at most `LOAD_MAX` full, grows by doubling.
+    """Multimap from uint32 fragments to int32 owners (> 0); at most `LOAD_MAX` full, enlarged by doubling.
 
     A cell is `owner << 32 | fragment` (uint64, 0: empty); `_free` has one bit per empty cell of a bucket. `seed` makes
     the secret keys.
@@ -69,22 +74,38 @@ class Table:
             found |= fragments == key
         return found
 
-    def add(self, fragments: NDArray[np.uint32], owners: NDArray[np.int32]) -> None:
-        """Enter n keys (uint32[n]) with their owners (int32[n])."""
-        while self.size + len(fragments) > LOAD_MAX * len(self._cells):
-            self._grow()
+    def has_room(self, count: int) -> bool:
+        """Whether `count` more keys may be added; if not, `enlarge` comes first."""
+        return self.size + count <= LOAD_MAX * len(self._cells)
+
+    def enlarge(self, count: int) -> None:
+        """Forget everything and make room for `count` keys more than there were."""
+        buckets = len(self._free)
+        while self.size + count > LOAD_MAX * buckets * CELLS:
+            buckets *= 2
+        self.size, self.spilled = 0, {}
+        self._allocate(buckets)
+
+    def add(self, fragments: NDArray[np.uint32], owners: NDArray[np.int32] | np.int32) -> Cells:
+        """Enter n keys (uint32[n]) with their owners (int32[n], or one for all); returns where they are.
+
+        The places (int32[n], -1: spilled) are good until the next `enlarge`, and are how keys are named from then on.
+        """
+        assert self.has_room(len(fragments)), "the table is full: enlarge it before"
         self.size += len(fragments)
-        self._place(_cells(fragments, owners))
+        return self._place((owners.astype(np.uint64) << _HALF) | fragments)
 
-    def drop(self, fragments: NDArray[np.uint32], owners: NDArray[np.int32]) -> None:
-        """Remove n (key, owner) pairs that were added before."""
-        self.size -= len(fragments)
-        emptied = self._exchange(_cells(fragments, owners), None)
-        np.bitwise_or.at(self._free, emptied // CELLS, _BIT[emptied % CELLS])
+    def drop(self, places: Cells, hashes: bytes, owner: int) -> None:
+        """Remove keys that were added for these hashes."""
+        self.size -= len(places)
+        places = self._respill(places, hashes, owner, None)
+        self._cells[places] = 0
+        np.bitwise_or.at(self._free, places // CELLS, _BIT[places % CELLS])
 
-    def reassign(self, fragments: NDArray[np.uint32], old: int, new: int) -> None:
+    def reassign(self, places: Cells, hashes: bytes, old: int, new: int) -> None:
         """Give keys of owner `old` to owner `new`."""
-        self._exchange(_cells(fragments, np.int32(old)), new)
+        places = self._respill(places, hashes, old, new)
+        self._cells[places] = (self._cells[places] & _KEY) | np.uint64(new << 32)
 
     def check(self) -> None:
         """Raise AssertionError if the accounting is off."""
@@ -92,6 +113,13 @@ class Table:
         assert (empty.sum(1, dtype=np.uint8) == self._free).all(), "the bits of free cells are wrong"
         held = int((self._cells != 0).sum()) + sum(map(len, self.spilled.values()))
         assert held == self.size, f"the table holds {held} keys and counts {self.size}"
+
+    def check_entry(self, places: Cells, hashes: bytes, owner: int) -> None:
+        """Raise AssertionError if these hashes of an owner are not where they are said to be."""
+        fragments = self.fragments(hashes)
+        there = (np.uint64(owner << 32) | fragments) == self._cells[places]
+        for fragment, place, right in zip(fragments.tolist(), places.tolist(), there.tolist(), strict=True):
+            assert right if place >= 0 else owner in self.spilled[fragment], f"cell {place} is not owner {owner}'s"
 
     def _allocate(self, buckets: int) -> None:
         self._shift = np.uint64(64 - (buckets.bit_length() - 1))
@@ -102,79 +130,45 @@ class Table:
     def _bucket(self, keys: NDArray[np.uint64], factor: np.uint64) -> NDArray[np.int64]:
         return ((keys * factor) >> self._shift).view(np.int64)
 
-    def _place(self, cells: NDArray[np.uint64]) -> None:
+    def _place(self, cells: NDArray[np.uint64]) -> Cells:
         """Each round places one key per bucket; keys that lost their bucket try again in the next round."""
-        while len(cells):
-            keys = cells & _KEY
+        places = np.full(len(cells), -1, np.int32)
+        left = np.arange(len(cells), dtype=np.int32)
+        while len(left):
+            keys = cells[left] & _KEY
             bucket, other = self._bucket(keys, _FIRST), self._bucket(keys, _SECOND)
             free, free_other = self._free[bucket], self._free[other]
             better = _ONES[free_other] > _ONES[free]
             bucket, free = np.where(better, other, bucket), np.where(better, free_other, free)
-            order = np.arange(len(cells), dtype=np.int32)
-            self._winner[bucket] = order
-            wins = self._winner[bucket] == order
+            self._winner[bucket] = left
+            wins = self._winner[bucket] == left
             if not free.all():
-                for cell in cells[free == 0].tolist():
+                for cell in cells[left[free == 0]].tolist():
                     self.spilled.setdefault(cell & _LOW, []).append(cell >> 32)
-                cells, bucket, wins, free = cells[free != 0], bucket[free != 0], wins[free != 0], free[free != 0]
-            placed, left = bucket[wins], free[wins]
-            self._cells[placed * CELLS + _LOWEST[left]] = cells[wins]
-            self._free[placed] = left & (left - np.uint8(1))
-            cells = cells[~wins]
+                wins |= free == 0
+                keep = wins & (free != 0)
+            else:
+                keep = wins
+            bucket, free, placed = bucket[keep], free[keep], left[keep]
+            places[placed] = spots = bucket * CELLS + _LOWEST[free]
+            self._cells[spots] = cells[placed]
+            self._free[bucket] = free & (free - np.uint8(1))
+            left = left[~wins]
+        return places
 
-    def _exchange(self, cells: NDArray[np.uint64], owner: int | None) -> NDArray[np.int64]:
-        """Give cells to another owner, or empty them; returns their places (those that had spilled have none).
-
-        Two keys of one owner may share a fragment, so there may be equal cells: each round takes one place of each.
-        """
-        places: list[NDArray[np.int64]] = []
-        while len(cells):
-            spots, found = self._locate(cells)
-            if len(spots) < len(cells):
-                for lost in cells[~found].tolist():
-                    self._respill(lost & _LOW, lost >> 32, owner)
-                cells = cells[found]
-            order = np.arange(len(cells), dtype=np.uint64)
-            self._cells[spots] = order
-            wins = self._cells[spots] == order
-            self._cells[spots] = 0 if owner is None else (cells & _KEY) | np.uint64(owner << 32)
-            if wins.all():
-                return np.concatenate((*places, spots))
-            places.append(spots[wins])
-            cells = cells[~wins]
-        return np.concatenate((*places, np.empty(0, np.int64)))
-
-    def _locate(self, cells: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(place of each cell that is found, found per cell)."""
-        rows = self._cells.reshape(-1, CELLS)
-        bucket = self._bucket(cells & _KEY, _FIRST)
-        match = rows[bucket] == cells[:, None]
-        cell = match.argmax(1)
-        found = match[np.arange(len(cells)), cell]
-        rest = np.flatnonzero(~found)
-        if len(rest):
-            bucket[rest] = self._bucket(cells[rest] & _KEY, _SECOND)
-            match = rows[bucket[rest]] == cells[rest, None]
-            cell[rest] = match.argmax(1)
-            found[rest] = match[np.arange(len(rest)), cell[rest]]
-        spots = bucket * CELLS + cell
-        return (spots if found.all() else spots[found]), found
-
-    def _respill(self, fragment: int, old: int, new: int | None) -> None:
-        owners = self.spilled[fragment]
-        owners.remove(old)
-        if new is not None:
-            owners.append(new)
-        elif not owners:
-            del self.spilled[fragment]
-
-    def _grow(self) -> None:
-        cells = self._cells[self._cells != 0]
-        spilled, self.spilled = self.spilled, {}
-        self._allocate(len(self._free) * 2)
-        self._place(cells)
-        for fragment, owners in spilled.items():
-            self._place(_cells(np.full(len(owners), fragment, np.uint32), np.array(owners, np.int32)))
+    def _respill(self, places: Cells, hashes: bytes, old: int, new: int | None) -> Cells:
+        """Remove keys that spilled, or give them to another owner; returns the places of the others."""
+        if len(places) and places.min() < 0:
+            for at in np.flatnonzero(places < 0).tolist():
+                (fragment,) = self.fragments(hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]).tolist()
+                owners = self.spilled[fragment]
+                owners.remove(old)
+                if new is not None:
+                    owners.append(new)
+                elif not owners:
+                    del self.spilled[fragment]
+            places = places[places >= 0]
+        return places
 
 
 _WORD, _LOW, _HALF, _KEY = (1 << 64) - 1, (1 << 32) - 1, np.uint64(32), np.uint64((1 << 32) - 1)
@@ -183,7 +177,3 @@ _WORDS = Struct("<8I")
 _BIT = (1 << np.arange(CELLS)).astype(np.uint8)
 _ONES = np.array([mask.bit_count() for mask in range(256)], np.uint8)
 _LOWEST = np.array([(mask & -mask).bit_length() - 1 if mask else 0 for mask in range(256)], np.int64)
-
-
-def _cells(fragments: NDArray[np.uint32], owners: NDArray[np.int32] | np.int32) -> NDArray[np.uint64]:
-    return (owners.astype(np.uint64) << _HALF) | fragments

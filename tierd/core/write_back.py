@@ -92,9 +92,7 @@ class WriteBack:
         if not pieces:
             return False
         path = self._unsettled(pieces[-1].node)
-        upper, lower = np.concatenate([node.slots for node in path], axis=1)[
-            :, : sum(map(len, path[:-1])) + pieces[-1].end
-        ]
+        upper, lower = np.concatenate([node.slots for node in path], axis=1)[:, : sum(map(len, path[:-1])) + pieces[-1].end]
         writers = np.where(upper >= 0, self._transfers.readers(UPPER, upper), 0)
         todo = (lower < 0) & (writers == 0)
         if not todo.any():

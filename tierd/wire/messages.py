@@ -117,9 +117,7 @@ class Request(dict[str, Any]):
 
     __slots__ = ("deadline_seconds", "id", "verb")
 
-    def __init__(
-        self, arguments: Mapping[str, Any], verb: str, request_id: int, deadline_seconds: float | None
-    ) -> None:
+    def __init__(self, arguments: Mapping[str, Any], verb: str, request_id: int, deadline_seconds: float | None) -> None:
         super().__init__(arguments)
         self.verb = verb
         self.id = request_id

@@ -116,9 +116,7 @@ def _show(runs: list[Run], found: list[str]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tierd_engine.demo", description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, default=MODEL, help="directory or .gguf file of a local model (%(default)s)"
-    )
+    parser.add_argument("--model", type=Path, default=MODEL, help="directory or .gguf file of a local model (%(default)s)")
     parser.add_argument("--state-dir", type=Path, default=Path(".demo"), help="where to work (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep model, prompt, logs and NVMe segments afterwards")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

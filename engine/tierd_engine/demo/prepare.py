@@ -30,9 +30,7 @@ def _prompt(tokenizer: Any, checkout: Path) -> str:
     text = "\n".join((checkout / name).read_text() for name in DOCUMENTS if (checkout / name).exists())
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:DOCUMENT_TOKENS]
     if len(tokens) < DOCUMENT_TOKENS_MIN:
-        raise Invalid(
-            f"demo: {len(tokens)} tokens of text in {checkout}, {DOCUMENT_TOKENS_MIN} needed; run it in a checkout"
-        )
+        raise Invalid(f"demo: {len(tokens)} tokens of text in {checkout}, {DOCUMENT_TOKENS_MIN} needed; run it in a checkout")
     prompt: str = tokenizer.decode(tokens) + QUESTION
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]

@@ -9,7 +9,7 @@ traffic, where an order that learns reuse intervals keeps far more.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -31,9 +31,12 @@ class Lru:
         """Enter a node as the most recently used."""
         self._order[node] = None
 
-    def touch(self, node: Any) -> None:
-        """Move a node to the recent end."""
-        self._order.move_to_end(node)
+    def touch(self, nodes: Iterable[Any]) -> None:
+        """Make nodes the most recently used, the last one most; those that are not entered are left out."""
+        order, move_to_end = self._order, self._order.move_to_end
+        for node in nodes:
+            if node in order:
+                move_to_end(node)
 
     def remove(self, node: Any) -> None:
         """Take a node out."""
