@@ -115,7 +115,7 @@ def _adopt_space(space: Space, segments_by_tier: list[list[Any]], tiers: list[Ti
             _give_up_segment(arena.tier, segment, reason)
         result.segments += len(scans)
         tables.append(_rows(scans, arena.pool.slots_per_segment))
-    recovered = recover(space.cache, tables)
+    recovered = recover(space.cache, tables, now)
     result.kept += recovered.kept
     _count(result, duplicates=recovered.duplicates, orphans=recovered.orphans)
 

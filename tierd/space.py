@@ -85,7 +85,8 @@ class Space:
         self.namespace = namespace
         self.arenas = [Arena(tier, namespace) for tier in tiers]
         lower = self.arenas[LOWER].pool if len(tiers) > 1 else None
-        self.cache = Cache(self.arenas[UPPER].pool, lower, window_share=window_share, write_back=write_back)
+        seed = int.from_bytes(os.urandom(8), "little")
+        self.cache = Cache(self.arenas[UPPER].pool, lower, window_share=window_share, write_back=write_back, seed=seed)
         self.sessions: dict[int, Attached] = {}
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""

@@ -8,6 +8,7 @@ when any token differs or a hit has another length than it should.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from functools import partial
@@ -32,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tierd_engine.oracle", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(".build/models/SmolLM2-135M-Instruct"), help="a local model")
     model_path = parser.parse_args().model
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemon is stopped, as on Ctrl-C
     tokenizer = load_tokenizer(model_path)
     text = "\n".join(Path(name).read_text() for name in DOCUMENTS if Path(name).exists())
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
