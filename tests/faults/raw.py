@@ -19,7 +19,7 @@ from tierd.layout import Layout
 from tierd.wire.framing import FrameReader, decode, encode
 from tierd.wire.messages import PROTOCOL_VERSION, error_of, pack_held, unpack_slots
 
-SECONDS_MAX = 10.0
+SECONDS_MAX = 40.0
 
 
 class RawClient:
