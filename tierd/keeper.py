@@ -138,6 +138,9 @@ class Keeper:
             self._paused_until[self.tiers.index(arena.tier)] = clock.monotonic_seconds() + PAUSE_SECONDS
             log.warning("tier cannot grow", tier=arena.tier.name, reason=str(error))
             return False
+        except BaseException:
+            arena.tier.budget.release(arena.geometry.total_bytes)
+            raise
         finally:
             arena.growing = None
         arena.add(segment, clock.unix_milliseconds())
@@ -265,7 +268,8 @@ class Keeper:
                 self.note_recency(space)
                 self.pump(space)
                 for segment in list(space.lower.segments.values()) if space.lower else ():
-                    await asyncio.to_thread(segment.flush)
+                    if segment.is_dirty:
+                        await asyncio.to_thread(segment.flush)
 
     def note_recency(self, space: Space) -> None:
         """Write last use and use counts of what was touched since the last time to the directories."""

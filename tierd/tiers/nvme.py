@@ -71,6 +71,8 @@ class FileSegment:
         self.directory.holders[:] = 0  # nobody maps a file: bits can only be damage
         self._recency_dirty = np.zeros(header.geometry.slot_count, np.bool_)
         self._freed = np.zeros(header.geometry.slot_count, np.bool_)
+        self.is_dirty = False
+        """Whether `flush` has something to write."""
 
     def __repr__(self) -> str:
         return f"<FileSegment {self.path.name}: {self.directory!r}, direct={self.direct}>"
@@ -198,6 +200,7 @@ class FileSegment:
         with self._lock:
             self.directory.free(slots)
         self._freed[np.asarray(slots, dtype=np.int64)] = True
+        self.is_dirty = True
 
     def reset(self, slots: Slots) -> None:
         """Free slots after a scan (its `spare`), so that new generations start above all that the segment has seen."""
@@ -210,9 +213,11 @@ class FileSegment:
         blocks."""
         self.directory.touch(slots, last_use, use_counts)
         self._recency_dirty[np.asarray(slots, dtype=np.int64)] = True
+        self.is_dirty = True
 
     def flush(self) -> None:
         """Write what `free` and `touch` noted since the last time; nothing any more once the segment is closed."""
+        self.is_dirty = False  # first: what is noted from here on may be written now and is written again later
         for noted, put in ((self._freed, self._put_states), (self._recency_dirty, self._put_recency)):
             dirty = np.flatnonzero(noted)
             if len(dirty) and self._descriptor >= 0:
