@@ -11,7 +11,7 @@ import msgpack
 
 from tierd.errors import Invalid
 
-PAGE_BYTES = 4096
+PAGE_BYTES, HUGE_PAGE_BYTES = 4096, 2 << 20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1, "float8_e5m2": 1, "uint8": 1}
 BLOCK_BYTES_MAX = 1 << 30
 

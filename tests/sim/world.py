@@ -161,8 +161,8 @@ class World:
 
     def store(self, client: Client, hashes: list[bytes], parent: bytes = ROOT) -> int | None:
         """Ask for slots: the lease, 0 when there is nothing to write, None when the parent is not known."""
-        known = parent == ROOT or parent in self.known
         pending = {block for other in self.clients.values() for block in self._filled(other)}
+        known = parent == ROOT or parent in self.known or parent in pending
         try:
             placed = self.cache.store(client.id, b"".join(hashes), parent, self.now)
         except Gone:

@@ -180,8 +180,8 @@ class Memory:
             self.unhold(connection.state, connection.state.leases.pop(lease)[2])
 
     def store(self, connection: Connection, hashes: bytes, parent: bytes) -> dict[str, Any]:
-        """Hand out free slots, as the real core does: a parent must be committed."""
-        if parent != ROOT and parent not in self.where:
+        """Hand out free slots, as the real core does: a parent must be there, or being written."""
+        if parent != ROOT and parent not in self.where and parent not in self.pending:
             raise Gone("the parent is not known")
         codes, names, slots = [], [], []
         for name in split(hashes):

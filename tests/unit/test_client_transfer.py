@@ -11,7 +11,7 @@ import pytest
 from tests.unit.fake_daemon import LAYOUT, make_segment
 from tests.unit.test_client_mapping import mapped
 from tierd.client.mapping import Mapping
-from tierd.client.transfer import Copier, as_pages, as_rows, locate, runs
+from tierd.client.transfer import Copier, as_pages, as_rows, locate
 from tierd.errors import Closed, Invalid
 from tierd.layout import Layout, Namespace
 from tierd.tiers.host import HostSegment
@@ -66,16 +66,6 @@ def test_every_block_lands_on_its_page(
     assert copier.load(parts, pool, pages) == 2 * SLOTS
     assert (pool[pages] == ~expected).all()
     copier.close()
-
-
-def test_neighbours_are_copied_as_one_run(mappings: dict[int, Mapping]) -> None:
-    """Runs end where slot, page or segment jump, and only there."""
-    slots = np.array([4, 5, 6, 9, 10, 150, 151], np.int32)
-    pages = np.array([0, 1, 2, 3, 7, 8, 9])
-    parts = locate(slots, SLOTS, mappings)
-    found = [(index, page, count) for _, index, page, count in runs(parts, pages, 0, 7)]
-    assert found == [(4, 0, 3), (9, 3, 1), (10, 7, 1), (0, 8, 2)]
-    assert [run[1:] for run in runs(parts, pages, 1, 6)] == [(5, 1, 2), (9, 3, 1), (10, 7, 1), (0, 8, 1)]
 
 
 @pytest.mark.parametrize("slot", [-1, SLOTS, 2 * SLOTS, 4 * SLOTS, 2**31 - 1])

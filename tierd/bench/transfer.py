@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.bench.machine import last_level_cache_bytes
+from tierd.bench.raw import in_huge_pages
 from tierd.bench.report import Column, Result, Row, Task, at_least, share, size, speed
 from tierd.bench.scratch import LAYOUTS, Daemon, scratch_daemon
 from tierd.block import HASH_BYTES, ROOT
@@ -147,9 +148,8 @@ class Copies:
         self._client, self._blocks, self._threads = client, blocks, threads
         self._call_blocks = call_blocks or blocks
         self._order = np.random.default_rng(1)
-        numbers = np.arange(blocks * block_bytes // 8, dtype=np.uint64).reshape(blocks, -1)
-        self._source = numbers.view(np.uint8)
-        self._target = np.zeros_like(self._source)
+        self._source, self._target = in_huge_pages(blocks, block_bytes), in_huge_pages(blocks, block_bytes)
+        self._source.view(np.uint64)[:] = np.arange(self._source.nbytes // 8, dtype=np.uint64).reshape(blocks, -1)
         self._chains: deque[tuple[bytes, Pages]] = deque(maxlen=CHAINS_BETWEEN + 1)
         self._pool = ThreadPoolExecutor(threads)
 

@@ -124,7 +124,9 @@ class Connection:
         """The checked reply; raises the error it carries, NoAnswer after `seconds`, Closed without a connection."""
         deadline = monotonic_seconds() + seconds
         if self._unsent and ticket.reply is None:
-            self._send(None, seconds)
+            self.listen(0)  # as long as answers are there, what was kept can wait for the next request
+            if ticket.reply is None:
+                self.flush(seconds)
         while self._my_turn(ticket, deadline):
             self._read(deadline - monotonic_seconds())
         if ticket.reply is None:
@@ -154,6 +156,11 @@ class Connection:
             reply = ticket.reply
         if reply is not None:
             self._undo(ticket, reply)
+
+    def flush(self, seconds: float) -> None:
+        """Send what was kept for later; raises as `ask` does."""
+        if self._unsent:
+            self._send(None, seconds)
 
     def tell(self, verb: str, arguments: dict[str, Any], seconds: float = 1.0) -> None:
         """Send a request that wants no reply. Never raises: a connection that cannot take it is closed instead."""
@@ -238,7 +245,7 @@ class Connection:
         """Read once, as the only thread that does; leaves with `_reading` cleared and everybody told."""
         lost = None
         try:
-            if self._poll.poll(max(seconds, 0) * 1000):
+            if not self._receive() and self._poll.poll(max(seconds, 0) * 1000):
                 self._receive()
         except (OSError, TierdError) as error:
             lost = str(error) or repr(error)
@@ -249,13 +256,14 @@ class Connection:
             if lost or self._broken is not None:
                 self.close(lost or "")
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Take what has arrived; returns whether that was anything."""
         try:
             received, ancillary, flags, _ = self._socket.recvmsg_into(
                 [self._reader.buffer()], ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._descriptors.extend(array.array("i", data[: len(data) // 4 * 4]))
@@ -266,6 +274,7 @@ class Connection:
         self._reader.feed(received)
         for payload in self._reader:
             self._dispatch(decode(payload))
+        return True
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         if "push" in message:

@@ -1,13 +1,11 @@
 """A segment in this process's memory: its state words to read, its slots to copy from and to.
 
 A segment that somebody else can shrink is a SIGBUS, so the seals of both descriptors are checked; so is everything
-else that an offset into the mapping rests on. It is mapped and unmapped by hand, not by Python's mmap object, whose
-destructor in a forked child would unmap whatever the child has put at an address that MADV_DONTFORK left empty.
+else that an offset into the mapping rests on.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from tierd.errors import Invalid
 from tierd.layout import PAGE_BYTES, Layout
+from tierd.memory import advise, map_shared, unmap, view
 
 HEADER = Struct("<8s2I16s32s16s4Q2I6Q")
 CRC = Struct("<I")
@@ -28,13 +27,6 @@ CRC_OFFSET = PAGE_BYTES - CRC.size
 MAGIC, VERSION, MEDIUM_MEMORY = b"TIERDSEG", 1, 1
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 STATE_BYTES = 8
-
-LIBC = ctypes.CDLL(None, use_errno=True)
-LIBC.mmap.restype = ctypes.c_void_p
-LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Mapping:
@@ -57,17 +49,23 @@ class Mapping:
         self._pid = os.getpid()
         self._areas: list[tuple[int, int]] = []
         try:
-            directory = self._map(directory_fd, attached["directory_bytes"], mmap.PROT_READ)
-            slots = self._map(slots_fd, attached["slots_bytes"], mmap.PROT_READ | mmap.PROT_WRITE)
+            directory = self._map(directory_fd, attached["directory_bytes"], writable=False)
+            slots = self._map(slots_fd, attached["slots_bytes"], writable=True)
         except OSError as error:
             self.close()
             raise Invalid(f"segment {self.segment.hex()} cannot be mapped: {error}") from error
         self.state: NDArray[np.uint64] = np.ndarray(header.slot_count, "<u8", directory, header.state_offset)
         self.state.flags.writeable = False
         self.slots: NDArray[np.uint8] = np.ndarray((header.slot_count, header.slot_bytes), np.uint8, slots)
+        self._first_slot, self._slot_bytes = self.slots.ctypes.data, header.slot_bytes
 
     def __repr__(self) -> str:
         return f"<Mapping {self.segment.hex()[:8]}: {self.users} users, {'wanted' if self.wanted else 'given up'}>"
+
+    def addresses(self, indexes: NDArray[np.int64]) -> list[int]:
+        """Where slots begin that are known to be in the segment."""
+        addresses: list[int] = (self._first_slot + indexes * self._slot_bytes).tolist()
+        return addresses
 
     def close(self) -> None:
         """Unmap; nothing may use the views any more. In a forked child there is nothing to unmap."""
@@ -75,16 +73,14 @@ class Mapping:
         self.state, self.slots = np.empty(0, np.uint64), np.empty((0, 0), np.uint8)
         areas, self._areas = self._areas, []
         for address, length in areas if os.getpid() == self._pid else ():
-            LIBC.munmap(address, length)
+            unmap(address, length)
 
-    def _map(self, descriptor: int, length: int, protection: int) -> memoryview:
-        address = LIBC.mmap(None, length, protection, mmap.MAP_SHARED, descriptor, 0)
-        if address == MAP_FAILED:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    def _map(self, descriptor: int, length: int, writable: bool) -> memoryview:
+        address = map_shared(descriptor, length, writable)
         self._areas.append((address, length))
-        if LIBC.madvise(address, length, mmap.MADV_DONTFORK):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
+        if code := advise(address, length, mmap.MADV_DONTFORK):
+            raise OSError(code, os.strerror(code))
+        return view(address, length)
 
 
 @dataclass(frozen=True)

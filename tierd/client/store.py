@@ -1,8 +1,7 @@
 """Storing a run of blocks: batch by batch, where the next one is asked for while this one is copied.
 
-A block's parent must be known to the daemon, and the blocks of a batch are known from its commit on. So a `store`
-that is asked ahead names the batch before it once more: its blocks are answered as pending, and its parent was
-committed before.
+A batch may follow blocks that are still being written, as long as they are committed before it; so commits go out in
+order, each with the next request.
 """
 
 from __future__ import annotations
@@ -25,6 +24,11 @@ BATCH_BYTES = 8 << 20
 """A batch has BATCH_BLOCKS, or as many smaller ones as make this: milliseconds of copying for each round trip."""
 
 
+COMMITS_UNANSWERED = 2
+"""A commit travels with the next request but one, and its answer comes with that one's: looking for it earlier costs a
+system call."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """What became of the blocks of one store: written now, there already (or being written by others), and neither."""
@@ -36,9 +40,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks `first` to `last`, asked for together with those from `base` on."""
+    """Blocks `first` to `last`, and the request for their slots; `ahead` of the commit of those before them."""
 
-    base: int
     first: int
     last: int
     ticket: Ticket
@@ -55,7 +58,7 @@ class Storing:
         self._pool = pool
         self._pages = pages
         self._blocks = len(pages)
-        self._batch_blocks = min(max(BATCH_BLOCKS, BATCH_BYTES // context.layout.block_bytes), context.session.blocks_max // 2)
+        self._batch_blocks = min(max(BATCH_BLOCKS, BATCH_BYTES // context.layout.block_bytes), context.session.blocks_max)
         self._commits: deque[Ticket] = deque()
         self._stored = self._present = 0
 
@@ -64,7 +67,7 @@ class Storing:
         self._connection = connection
         batch: Batch | None = None
         try:
-            batch = self._ask(0, 0)
+            batch = self._ask(0)
             while batch is not None:
                 batch = self._store(batch)
         except TierdError as error:
@@ -82,60 +85,63 @@ class Storing:
             if not batch.ahead:
                 raise
             return self._again(batch.first)
-        new = codes[batch.first - batch.base :]
-        full = new == NO_ROOM
-        done = int(full.argmax()) if full.any() else len(new)
-        self._present += int(((new[:done] < 0) & (new[:done] != NO_ROOM)).sum())
+        done = len(codes)
+        if codes.min() < 0:  # some are stored already, or there was no room
+            full = codes == NO_ROOM
+            done = int(full.argmax()) if full.any() else done
+            self._present += int((codes[:done] < 0).sum())
         following = None
-        if done == len(new) and batch.last < self._blocks:
-            following = self._ask(batch.first, batch.last, ahead=True)
+        if done == len(codes) and batch.last < self._blocks:
+            following = self._ask(batch.last, ahead=True)
+        else:
+            self._connection.flush(self._context.deadline_seconds)
         try:
-            self._write(lease, codes, batch.base, more=following is not None)
+            self._write(lease, codes, batch.first, more=following is not None)
         except BaseException:
             if following is not None:
                 self._connection.abandon(following.ticket)
             raise
-        if done == len(new):
+        if done == len(codes):
             return following
         return self._again(batch.first + done) if done or batch.ahead else None
 
-    def _ask(self, base: int, first: int, ahead: bool = False) -> Batch:
+    def _ask(self, first: int, ahead: bool = False) -> Batch:
         last = min(first + self._batch_blocks, self._blocks)
-        hashes = self._hashes[base * HASH_BYTES : last * HASH_BYTES]
-        parent = self._hashes[(base - 1) * HASH_BYTES : base * HASH_BYTES] if base else self._parent
+        hashes = self._hashes[first * HASH_BYTES : last * HASH_BYTES]
+        parent = self._hashes[(first - 1) * HASH_BYTES : first * HASH_BYTES] if first else self._parent
         arguments = {"hashes": hashes, "parent": parent}
         ticket = self._connection.ask("store", arguments, self._context.deadline_seconds, undo="abort")
-        return Batch(base, first, last, ticket, ahead)
+        return Batch(first, last, ticket, ahead)
 
     def _again(self, first: int) -> Batch:
         """Ask for the blocks from `first` on once nothing of ours is uncommitted."""
         self._collect(0)
-        return self._ask(first, first)
+        return self._ask(first)
 
     def _placed(self, batch: Batch) -> tuple[int, NDArray[np.int32]]:
         reply = self._connection.wait(batch.ticket, self._context.deadline_seconds)
         self._context.session.answered()
         codes = unpack_slots(reply["slots"])
-        asked, lease = batch.last - batch.base, int(reply["lease"])
-        if len(codes) != asked or (codes < NO_ROOM).any() or bool(lease) != bool((codes >= 0).any()):
+        asked, lease = batch.last - batch.first, int(reply["lease"])
+        if len(codes) != asked or codes.min() < NO_ROOM or bool(lease) != (codes.max() >= 0):
             raise Closed(f"store of {asked} blocks was answered with {len(codes)} slots and lease {lease}")
         return lease, codes
 
-    def _write(self, lease: int, codes: NDArray[np.int32], base: int, more: bool) -> None:
+    def _write(self, lease: int, codes: NDArray[np.int32], first: int, more: bool) -> None:
         """Fill every slot that was given, and say so: with the next request, if `more` follows."""
         if not lease:
             return
         context = self._context
-        given = np.flatnonzero(codes >= 0)
+        given = (codes >= 0).nonzero()[0]
         try:
             with context.session.segments.copying(self._connection, codes[given], WRITING) as parts:
-                context.copier.store(parts, self._pool, self._pages[base + given])
+                context.copier.store(parts, self._pool, self._pages[first + given])
         except BaseException:
             self._connection.tell("abort", {"lease": lease})
             raise
         commit = self._connection.ask("commit", {"lease": lease}, context.deadline_seconds, later=more)
         self._commits.append(commit)
-        self._collect(1)
+        self._collect(COMMITS_UNANSWERED)
 
     def _collect(self, left: int) -> None:
         """Wait for commits until only `left` are unanswered."""

@@ -1,17 +1,18 @@
 """Copies between slots of mapped segments and pages of an engine's pool.
 
-Blocks that follow each other on both sides are one run and one `np.copyto`, which releases the GIL; so the cost in
-Python is one per run. A block that was read counts only if its state word said READY before the copy and is the same
-word, generation included, after it.
+All addresses of a list are computed at once and given to `memcpy` without a Python statement per block; each call
+releases the GIL. A block that was read counts only if its state word said READY before the copy and is the same word,
+generation included, after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections import deque
 from collections.abc import Mapping as Map
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +22,9 @@ from tierd.errors import Closed, Invalid
 
 READY = np.uint64(0xC3)
 CODE_MASK = np.uint64(0xFF)
+MEMCPY = ctypes.CDLL(None).memcpy
+MEMCPY.argtypes, MEMCPY.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], None
+
 SPLIT_BYTES_MIN = 1 << 20
 """Less than this per thread is not worth a second thread."""
 
@@ -45,14 +49,13 @@ class Part:
 def locate(slots: NDArray[np.int32], slots_per_segment: int, mappings: Map[int, Mapping]) -> list[Part]:
     """Where slot numbers are, in their order; raises Closed for one in no segment that the daemon attached."""
     ordinals, indexes = np.divmod(slots.astype(np.int64), slots_per_segment)
-    bounds = [0, *(np.flatnonzero(np.diff(ordinals)) + 1).tolist(), len(slots)]
+    bounds = [0, *((ordinals[1:] != ordinals[:-1]).nonzero()[0] + 1).tolist(), len(slots)]
     parts = []
     for first, last in pairwise(bounds):
         mapping = mappings.get(int(ordinals[first]))
-        inside = indexes[first:last]
-        if mapping is None or inside.max() >= len(mapping.slots):
+        if mapping is None or len(mapping.slots) < slots_per_segment:
             raise Closed(f"the daemon named slot {slots[first]}, which is in no segment that it attached")
-        parts.append(Part(mapping, inside, first, last))
+        parts.append(Part(mapping, indexes[first:last], first, last))
     return parts
 
 
@@ -99,24 +102,13 @@ class Copier:
             future.result()
 
     def _copy_share(self, parts: list[Part], pool: Pool, pages: Pages, first: int, last: int, loading: bool) -> None:
-        for mapping, index, page, count in runs(parts, pages, first, last):
-            slots = mapping.slots[index : index + count, : self.block_bytes]
-            if loading:
-                np.copyto(pool[page : page + count], slots)
-            else:
-                np.copyto(slots, pool[page : page + count])
-
-
-def runs(parts: list[Part], pages: Pages, first: int, last: int) -> Iterator[tuple[Mapping, int, int, int]]:
-    """The blocks `first` to `last` as runs `(mapping, slot index, page, blocks)` that are contiguous on both sides."""
-    for part in parts:
-        start, end = max(first, part.first), min(last, part.last)
-        if start >= end:
-            continue
-        indexes, targets = part.indexes[start - part.first : end - part.first], pages[start:end]
-        breaks = np.flatnonzero((np.diff(indexes) != 1) | (np.diff(targets) != 1)) + 1
-        for low, high in pairwise([0, *breaks.tolist(), end - start]):
-            yield part.mapping, int(indexes[low]), int(targets[low]), high - low
+        for part in parts:
+            start, end = max(first, part.first), min(last, part.last)
+            if start < end:
+                slots = part.mapping.addresses(part.indexes[start - part.first : end - part.first])
+                targets = (pool.ctypes.data + pages[start:end] * self.block_bytes).tolist()
+                to, of = (targets, slots) if loading else (slots, targets)
+                deque(map(MEMCPY, to, of, repeat(self.block_bytes)), maxlen=0)
 
 
 def states(parts: list[Part]) -> NDArray[np.uint64]:

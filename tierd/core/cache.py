@@ -75,8 +75,8 @@ class Cache:
         self.write_back = WriteBack(
             self.index, self.pools, self._room, self._transfers, self.counters, write_back and lower is not None
         )
-        self._pending: set[bytes] = set()
-        """Blocks that are being written, by any session."""
+        self._pending: dict[bytes, Lease] = {}
+        """Blocks that are being written, with the leases under which they are."""
         self._ids = counter(1)
 
     @property
@@ -226,11 +226,16 @@ class Cache:
     # -- store, commit, abort -----------------------------------------------------------------------------------------
 
     def store(self, session_id: int, hashes: bytes, parent: bytes, now: int) -> Placed:
-        """Slots for the blocks that are new; raises Gone when the parent is unknown."""
+        """Slots for the blocks that are new; raises Gone when the parent is unknown.
+
+        A parent that is still being written will do; it has to be committed before them.
+        """
         session = self.sessions[session_id]
         pieces = self.index.match(hashes, parent)
         if pieces is None:
-            raise Gone("store: the parent of the first block is not known here; store the chain from its root")
+            if parent not in self._pending:
+                raise Gone("store: the parent of the first block is not known here; store the chain from its root")
+            pieces = []
         codes = np.full(len(hashes) // HASH_BYTES, NO_ROOM, np.int32)
         for at, piece in _positions(pieces):
             stored = (piece.node.slots[:, piece.start : piece.end] >= 0).any(0)
@@ -239,7 +244,7 @@ class Cache:
         new = set(names(pick(hashes, wanted)))
         if len(new) < len(wanted) or ROOT in new:
             raise Invalid("store: a block hash is there twice, or is all zeros; hashes must be chained over their parents")
-        if not new.isdisjoint(self._pending):
+        if not self._pending.keys().isdisjoint(new):
             pending = np.array([block in self._pending for block in names(pick(hashes, wanted))], np.bool_)
             codes[wanted[pending]] = PENDING
             wanted = wanted[~pending]
@@ -258,7 +263,7 @@ class Cache:
         lease = Lease(next(self._ids), session_id, parent, hashes, taken, nothing(0), len(taken), everything, positions=wanted)
         session.leases[lease.id] = lease
         session.tell(taken)
-        self._pending.update(names(run))
+        self._pending.update(dict.fromkeys(names(run), lease))
         return Placed(lease.id, codes)
 
     def commit(self, session_id: int, lease_id: int, count: int | None, now: int) -> Committed:
@@ -323,7 +328,8 @@ class Cache:
 
     def _end_writing(self, session: Session, lease: Lease) -> None:
         del session.leases[lease.id]
-        self._pending.difference_update(names(lease.filled()))
+        for block in names(lease.filled()):
+            del self._pending[block]
         session.untell(lease.upper)
 
     def _end_lease(self, session: Session, lease: Lease) -> None:
@@ -398,7 +404,13 @@ class Cache:
         return tiers
 
     def _parent_piece(self, parent: bytes) -> list[Piece]:
-        """The parent of a chain that is new here, as the end of a path to touch."""
+        """The parent of a chain that is new here, as the end of a path to touch; of one that is being written, what is
+        known of the way to it.
+        """
+        while lease := self._pending.get(parent):
+            if pieces := self.index.match(lease.hashes, lease.parent):
+                return pieces
+            parent = lease.parent
         entry = self.index.find(parent) if parent != ROOT else None
         return [Piece(entry[0], 0, entry[1] + 1)] if entry else []
 

@@ -90,16 +90,22 @@ class Index:
         self._nodes: list[Node | None] = [None]
         self._ids: list[int] = []
         self.root = Node(0, b"", np.empty((tiers, 0), np.int32), np.empty(0, np.int32), None)
+        self._found = self.root, 0
+        """Where the last block was that was looked for: a chain that grows is entered at its end again and again."""
 
     # -- finding ------------------------------------------------------------------------------------------------------
 
     def find(self, block: bytes) -> tuple[Node, int] | None:
         """The node and offset of one block hash, or None."""
+        last, at = self._found
+        if last.hashes.startswith(block, at * HASH_BYTES) and self._nodes[last.id] is last:
+            return self._found
         for owner in self.table.candidates(block):
             node = self._nodes[owner]
             offset = _offset(node.hashes, block) if node is not None else -1
             if node is not None and offset >= 0:
-                return node, offset
+                self._found = node, offset
+                return self._found
         return None
 
     def match(self, hashes: bytes, parent: bytes = ROOT) -> list[Piece] | None:
@@ -172,6 +178,7 @@ class Index:
             node = self.attach(node, hashes, slots.copy(), now)
         self.touched[node] = None
         self._enlist(node)
+        self._found = node, len(node) - 1
         return node
 
     def attach(self, parent: Node, hashes: bytes, slots: Slots, last_use: int, uses: int = 0) -> Node:

@@ -7,10 +7,8 @@ another user re-open a read-only descriptor for writing.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
-import mmap
 import os
 from pathlib import Path
 
@@ -18,34 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.errors import Busy, Invalid
-from tierd.layout import Layout, Namespace
+from tierd.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, Namespace
+from tierd.memory import COLLAPSE, HUGEPAGE, POPULATE_WRITE, advise, shared_array
 from tierd.tiers.directory import Directory
-from tierd.tiers.segment import HEADER_BYTES, HUGE_PAGE_BYTES, Geometry, Header, Medium
+from tierd.tiers.segment import HEADER_BYTES, Geometry, Header, Medium
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
-_THP_FOR_SHARED_MEMORY = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _HUGE_PAGES_CONFIGURED = [Path("/proc/sys/vm/nr_hugepages"), Path("/proc/sys/vm/nr_overcommit_hugepages")]
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class HostSegment:
     """One segment in memory: `directory` and `slots` (uint8 `[slot_count, slot_bytes]`) are views on shared memory.
 
     `directory_fd` and `slots_fd` belong to the segment until `close`. `page_kind` says what its slots are made of:
-    "hugetlb", "thp" (the kernel was asked for huge pages and may give them) or "4k".
+    "hugetlb" (from the kernel's pool), "thp" (transparent huge pages), "4k", or "adopted": as an earlier daemon made it.
     """
 
-    def __init__(self, header: Header, directory_fd: int, slots_fd: int) -> None:
+    def __init__(self, header: Header, directory_fd: int, slots_fd: int, page_kind: str) -> None:
         shape = header.geometry
         self.header = header
-        self.directory_fd, self.slots_fd = directory_fd, slots_fd
-        self.directory = Directory(memoryview(_map(directory_fd, shape.directory_bytes)), header)
-        mapping = np.frombuffer(_map(slots_fd, shape.slots_bytes), np.uint8)
+        self.directory_fd, self.slots_fd, self.page_kind = directory_fd, slots_fd, page_kind
+        self.directory = Directory(shared_array(directory_fd, shape.directory_bytes).data, header)
+        mapping = shared_array(slots_fd, shape.slots_bytes)
         self.slots: NDArray[np.uint8] = mapping[: shape.slot_count * shape.slot_bytes].reshape(shape.slot_count, -1)
-        self.page_kind = _page_kind(slots_fd, mapping)
-        _advise(mapping, _MADV_POPULATE_WRITE)  # page tables for what is already in memory
+        _advise(mapping, POPULATE_WRITE)  # page tables for what is already in memory
 
     def __repr__(self) -> str:
         shape = self.header.geometry
@@ -56,9 +51,9 @@ class HostSegment:
     def geometry(layout: Layout, segment_bytes: int, huge_pages: str = "auto") -> Geometry:
         """The geometry that `create` gives every segment of a layout; raises Invalid as it does.
 
-        huge_pages is "off", "require" or "auto": from the kernel's pool where one is configured and a segment is at
-        least 16 of its pages. Slots are rounded up to such pages, so the choice is made once and not by what is free
-        right now.
+        huge_pages is "off", "require" (the kernel's pool) or "auto": from the pool where one is configured and a
+        segment is at least 16 of its pages, transparent ones otherwise. Slots are rounded up to pages of the pool, so
+        the choice is made once and not by what is free right now.
         """
         pool = any(path.exists() and int(path.read_text()) > 0 for path in _HUGE_PAGES_CONFIGURED)
         if huge_pages == "require" and not pool:
@@ -84,10 +79,11 @@ class HostSegment:
             descriptors.append(_memfd(f"{name}-directory", shape.directory_bytes, huge=False))
             os.pwrite(descriptors[0], header.pack(), 0)
             huge = shape.slots_page_bytes == HUGE_PAGE_BYTES
-            descriptors.append(_prefaulted(f"{name}-slots", shape.slots_bytes, huge, strict=huge_pages == "require"))
+            slots_fd, page_kind = _prefaulted(f"{name}-slots", shape.slots_bytes, huge, huge_pages)
+            descriptors.append(slots_fd)
             for descriptor in descriptors:
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-            return cls(header, *descriptors)
+            return cls(header, descriptors[0], slots_fd, page_kind)
         except OSError as error:
             _close_all(descriptors)
             raise Busy(f"no memory for a segment of {shape.total_bytes} bytes: {error}; lower cpu.bytes") from error
@@ -113,7 +109,7 @@ class HostSegment:
             if (size := os.fstat(descriptor).st_size) != expected:
                 raise Invalid(f"{name} of segment {header.segment_id.hex()} has {size} bytes, its header says {expected}")
         try:
-            return cls(header, directory_fd, slots_fd)
+            return cls(header, directory_fd, slots_fd, "adopted")
         except OSError as error:
             raise Invalid(f"segment {header.segment_id.hex()} cannot be mapped: {error}") from error
 
@@ -144,43 +140,47 @@ def _memfd(name: str, size: int, huge: bool) -> int:
     return descriptor
 
 
-def _prefaulted(name: str, size: int, huge: bool, strict: bool) -> int:
-    """A memfd with all its pages present; from the huge page pool where wanted, and then only there if `strict`."""
+def _prefaulted(name: str, size: int, huge: bool, huge_pages: str) -> tuple[int, str]:
+    """A memfd with all its pages present, and their kind: `huge` ones from the pool, else transparent ones where they
+    can be had.
+
+    Where the pool has not enough, ordinary memory is taken, unless the pool is required.
+    """
+    descriptor = -1
     try:
         descriptor = _memfd(name, size, huge)
+        transparent = _populate(descriptor, size, transparent=not huge and huge_pages == "auto")
     except OSError:
-        if not huge or strict:
+        if descriptor >= 0:
+            os.close(descriptor)
+        if not huge or huge_pages == "require":
             raise
-        return _prefaulted(name, size, huge=False, strict=False)
-    try:
-        _populate(descriptor, size)
-    except OSError:
-        os.close(descriptor)
-        if not huge or strict:
-            raise
-        return _prefaulted(name, size, huge=False, strict=False)
-    return descriptor
+        return _prefaulted(name, size, False, huge_pages)
+    return descriptor, "hugetlb" if huge else "thp" if transparent else "4k"
 
 
-def _populate(descriptor: int, size: int) -> None:
-    """Touch all pages through a mapping of our own. Called by ctypes, which releases the GIL; `mmap.madvise` does
-    not."""
-    mapping = np.frombuffer(_map(descriptor, size), np.uint8)
-    _advise(mapping, _MADV_HUGEPAGE)
-    if (code := _advise(mapping, _MADV_POPULATE_WRITE)) == errno.EINVAL:  # a kernel before 5.14
+def _populate(descriptor: int, size: int, transparent: bool) -> bool:
+    """Touch all pages, through a mapping of our own; returns whether they are transparent huge ones."""
+    mapping = shared_array(descriptor, size)
+    collapsed = transparent and size >= HUGE_PAGE_BYTES and _collapse(mapping)
+    if (code := _advise(mapping, POPULATE_WRITE)) == errno.EINVAL:  # a kernel before 5.14
         os.posix_fallocate(descriptor, 0, size)
     elif code:
         raise OSError(code, os.strerror(code))
+    return collapsed
+
+
+def _collapse(mapping: NDArray[np.uint8]) -> bool:
+    """Have the kernel use huge pages, whatever its settings for shared memory are: ten times as fast as touching every
+    small one. False where it does not (Linux before 6.1, or memory is fragmented)."""
+    _advise(mapping, HUGEPAGE)
+    for start in range(0, len(mapping), HUGE_PAGE_BYTES):  # a huge page can take the place of a page, not of nothing
+        _advise(mapping[start : start + PAGE_BYTES], POPULATE_WRITE)
+    return not _advise(mapping, COLLAPSE)
 
 
 def _advise(mapping: NDArray[np.uint8], advice: int) -> int:
-    """madvise; returns 0 or the errno."""
-    address, length = ctypes.c_void_p(mapping.ctypes.data), ctypes.c_size_t(mapping.nbytes)
-    return 0 if _LIBC.madvise(address, length, advice) == 0 else ctypes.get_errno()
-
-
-def _map(descriptor: int, size: int) -> mmap.mmap:
-    return mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    return advise(mapping.ctypes.data, mapping.nbytes, advice)
 
 
 def _seals(descriptor: int) -> int:
@@ -188,14 +188,6 @@ def _seals(descriptor: int) -> int:
         return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:  # not a memfd at all
         return 0
-
-
-def _page_kind(descriptor: int, mapping: NDArray[np.uint8]) -> str:
-    if os.fstat(descriptor).st_blksize == HUGE_PAGE_BYTES:
-        return "hugetlb"
-    allowed = _THP_FOR_SHARED_MEMORY.read_text() if _THP_FOR_SHARED_MEMORY.exists() else "[never]"
-    refused = "[never]" in allowed or "[deny]" in allowed
-    return "4k" if refused or _advise(mapping, _MADV_HUGEPAGE) else "thp"
 
 
 def _close_all(descriptors: list[int]) -> None:

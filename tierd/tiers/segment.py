@@ -16,12 +16,11 @@ from typing import Any
 
 from tierd.clock import unix_nanoseconds
 from tierd.errors import Invalid
-from tierd.layout import PAGE_BYTES, Layout, Namespace
+from tierd.layout import HUGE_PAGE_BYTES, PAGE_BYTES, Layout, Namespace
 
 MAGIC = b"TIERDSEG"
 VERSION = 1
 HEADER_BYTES = PAGE_BYTES
-HUGE_PAGE_BYTES = 2 << 20
 STATE_BYTES, HOLDERS_BYTES, IDENTITY_BYTES, RECENCY_BYTES = 8, 8, 128, 16
 """Bytes of one row in each column of the directory."""
 
