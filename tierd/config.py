@@ -70,7 +70,7 @@ class Nvme:
     path: Path = key(None, path)
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     io_engine: str = key("auto", one_of("auto", "kvikio", "posix"))
-    io_threads: int = key(4, count(1, 64))
+    io_threads: int = key(8, count(1, 64))
     write_back: bool = key(True, boolean)
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
 

@@ -28,6 +28,9 @@ log = get_logger("mover")
 OUTCOME = np.zeros(3, np.uint8)
 OUTCOME[[READ_OK, READ_FAILED, READ_DAMAGED]] = OK, IO_ERROR, MISMATCH
 
+PART_BYTES_MIN = 8 << 20
+"""Nobody waits for a write-back, so its parts are large: each costs a thread some Python."""
+
 
 class Mover:
     """Owns the io threads and the queue of parts. `finished` is called on the loop after each transfer."""
@@ -56,7 +59,9 @@ class Mover:
         """Start a transfer; on the loop only."""
         self.in_flight[transfer.reason] += 1
         job = _Job(space, transfer)
-        parts = np.array_split(np.arange(len(transfer)), min(self.threads, len(transfer)))
+        share = PART_BYTES_MIN if transfer.reason == WRITE_BACK else 1
+        parts_max = max(1, len(transfer) * space.upper.geometry.payload_bytes // share)
+        parts = np.array_split(np.arange(len(transfer)), min(self.threads, len(transfer), parts_max))
         job.parts = len(parts)
         for part in parts:
             heapq.heappush(self._queue, (REASONS.index(transfer.reason), next(self._order), job, part))

@@ -15,7 +15,7 @@ import numpy as np
 from tierd.layout import Layout, Namespace
 from tierd.tiers.directory import Directory
 from tierd.tiers.io.posix import PosixEngine
-from tierd.tiers.nvme import READ_OK, FileSegment
+from tierd.tiers.nvme import READ_OK, FileSegment, slots_path
 from tierd.tiers.segment import Geometry, Header, Medium
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,13 +84,17 @@ def test_a_golden_memory_directory_is_understood() -> None:
 
 
 def test_a_segment_file_is_written_as_it_always_was(tmp_path: Path) -> None:
-    """Every byte of the file, slots included, equals the golden one."""
-    assert make_file(tmp_path).read_bytes() == (GOLDEN / f"{'b2' * 16}.segment").read_bytes()
+    """Every byte of both files equals the golden one."""
+    path = make_file(tmp_path)
+    for file in (path, slots_path(path)):
+        assert file.read_bytes() == (GOLDEN / file.name).read_bytes()
 
 
 def test_a_golden_segment_file_is_understood(tmp_path: Path) -> None:
     """Both blocks are found and verified against their digests."""
-    path = Path(shutil.copy(GOLDEN / f"{'b2' * 16}.segment", tmp_path))
+    for file in GOLDEN.glob("b2*"):
+        shutil.copy(file, tmp_path)
+    path = tmp_path / f"{'b2' * 16}.directory"
     segment = FileSegment.open(path, PosixEngine())
     scan = segment.scan()
     assert scan.slots.tolist() == [0, 2] and scan.hashes == HASHES[1] + HASHES[0]

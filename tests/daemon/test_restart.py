@@ -13,6 +13,7 @@ from tierd.clock import monotonic_seconds, unix_milliseconds
 from tierd.errors import Gone
 from tierd.layout import Layout
 from tierd.tiers.directory import Directory
+from tierd.tiers.nvme import slots_path
 from tierd.tiers.segment import Header
 
 LARGE = Layout(layers=1, kv_heads=1, head_dim=8192, dtype="float16")
@@ -37,8 +38,8 @@ def next_millisecond() -> int:
 
 
 def segment_files(daemon: Daemon) -> list[Path]:
-    """The files of the nvme tier."""
-    return sorted((daemon.state / "nvme").rglob("*.segment"))
+    """The directories of the nvme tier's segments."""
+    return sorted((daemon.state / "nvme").rglob("*.directory"))
 
 
 def used_on_disk(daemon: Daemon, since: int) -> int:
@@ -182,8 +183,8 @@ def test_garbage_in_the_state_directory_is_removed_and_said(daemon: Daemon) -> N
     store_all(daemon, {"A": hashes})
     daemon.stop()
     folder = segment_files(daemon)[0].parent
-    (folder / f"{'ab' * 16}.segment").write_bytes(os.urandom(262_144))
-    (folder / f"{'cd' * 16}.segment.new").write_bytes(b"")
+    (folder / f"{'ab' * 16}.directory").write_bytes(os.urandom(262_144))
+    (folder / f"{'cd' * 16}.new").write_bytes(b"")
     damaged = bytearray((path := segment_files(daemon)[-1]).read_bytes())
     damaged[40] ^= 1
     path.write_bytes(damaged)
@@ -202,9 +203,9 @@ def test_flipped_bits_in_payloads_are_misses_and_are_counted(daemon: Daemon) -> 
     daemon.stop()
     for path in segment_files(daemon):
         header = Header.unpack(path.read_bytes()[:4096])
-        with open(path, "r+b") as file:
+        with open(slots_path(path), "r+b") as file:
             for slot in range(header.geometry.slot_count):
-                at = header.geometry.directory_bytes + slot * header.geometry.slot_bytes
+                at = slot * header.geometry.slot_bytes
                 file.seek(at)
                 if file.read(32) == payload_of(hashes[20 * 32 : 21 * 32])[:32].tobytes():
                     file.seek(at + 100)

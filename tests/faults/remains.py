@@ -66,9 +66,9 @@ def examine(holder: int, nvme: Path) -> Remains:
     remains = Remains()
     for directory in memory_directories(holder):
         read_rows(remains, "cpu", directory, None)
-    for path in sorted(nvme.glob("*/*.segment")):
-        read_rows(remains, "nvme", first_bytes(path), path)
-    remains.places["write-back: file grows"] += len(list(nvme.glob("*/*.segment.new")))
+    for path in sorted(nvme.glob("*/*.directory")):
+        read_rows(remains, "nvme", path.read_bytes(), path.with_suffix(".slots"))
+    remains.places["write-back: file grows"] += len(list(nvme.glob("*/*.new")))
     return remains
 
 
@@ -82,18 +82,10 @@ def memory_directories(holder: int) -> Iterator[bytes]:
                 yield place.read_bytes()
 
 
-def first_bytes(path: Path) -> bytes:
-    """A file's header and directory."""
-    with path.open("rb") as file:
-        slots_offset = HEADER.unpack(file.read(HEADER.size))[16]
-        file.seek(0)
-        return file.read(slots_offset)
-
-
 def read_rows(remains: Remains, tier: str, directory: bytes, path: Path | None) -> None:
     """Add the rows of one segment."""
     header = HEADER.unpack_from(directory)
-    namespace, payload_bytes, slot_bytes, count, slots_at = (header[at] for at in (4, 8, 9, 10, 16))
+    namespace, payload_bytes, slot_bytes, count = (header[at] for at in (4, 8, 9, 10))
     state_at, holders_at, identity_at = header[12:15]
     states = np.frombuffer(directory, "<u8", count, state_at)
     holders = np.frombuffer(directory, "<u8", count, holders_at)
@@ -112,7 +104,7 @@ def read_rows(remains: Remains, tier: str, directory: bytes, path: Path | None) 
             remains.places["a client writes" if holders[slot] else "promotion"] += 1
         else:
             assert path
-            written = whole and digest_of(path, slots_at + slot * slot_bytes, payload_bytes) == int.from_bytes(digest, "little")
+            written = whole and digest_of(path, slot * slot_bytes, payload_bytes) == int.from_bytes(digest, "little")
             remains.places["write-back: payload" if whole and not written else "write-back: directory"] += 1
 
 

@@ -16,6 +16,7 @@ from tests.faults.pressure import press, store, verify
 from tests.faults.raw import RawClient
 from tests.faults.remains import HEADER, IDENTITY
 from tierd.block import HASH_BYTES
+from tierd.tiers.nvme import slots_path
 from tierd.tiers.segment import Geometry
 
 BLOCKS = 40
@@ -69,7 +70,9 @@ BLOCKS_HAD = {"segment": 0, "row": SLOT, "free row": BLOCKS, "payload": SLOT, "n
 
 
 def flip(path: Path, offset: int, bit: int) -> None:
-    """Turn one bit of a file over."""
+    """Turn one bit of a segment over; slots begin behind the directory."""
+    if offset >= SHAPE.directory_bytes:
+        path, offset = slots_path(path), offset - SHAPE.directory_bytes
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -80,7 +83,7 @@ def flip(path: Path, offset: int, bit: int) -> None:
 
 def payload_of(house: House, block: bytes) -> tuple[Path, int]:
     """The file that has a block, and where its bytes begin."""
-    for path in house.state.glob("nvme/*/*.segment"):
+    for path in house.state.glob("nvme/*/*.directory"):
         rows = path.read_bytes()[SHAPE.identity_offset : SHAPE.recency_offset]
         for slot in range(SHAPE.slot_count):
             if rows[slot * IDENTITY.size :].startswith(block):
@@ -89,8 +92,8 @@ def payload_of(house: House, block: bytes) -> tuple[Path, int]:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, bytes]]:
-    """The name and bytes of a segment file with a chain of 40 blocks, as a killed daemon left it."""
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, bytes, bytes]]:
+    """The name and both files' bytes of a segment with a chain of 40 blocks, as a killed daemon left it."""
     folder = tmp_path_factory.mktemp("flip")
     with House(folder, held=False, cpu__bytes="4MiB", nvme__bytes="4MiB") as house:
         client = RawClient(house.socket)
@@ -98,15 +101,16 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, bytes
         store(client, HASHES)
         house.sync()
         house.crash()
-        (path,) = house.state.glob("nvme/*/*.segment")
-        yield str(path.relative_to(house.state)), path.read_bytes()
+        (path,) = house.state.glob("nvme/*/*.directory")
+        yield str(path.relative_to(house.state)), path.read_bytes(), slots_path(path).read_bytes()
 
 
-def spoiled(house: House, image: tuple[str, bytes], spoil: Callable[[Path], None]) -> RawClient:
+def spoiled(house: House, image: tuple[str, bytes, bytes], spoil: Callable[[Path], None]) -> RawClient:
     """Start a daemon over the image after it was spoiled; returns a client."""
     path = house.state / image[0]
     path.parent.mkdir(parents=True)
     path.write_bytes(image[1])
+    slots_path(path).write_bytes(image[2])
     spoil(path)
     house.start()
     client = RawClient(house.socket)
@@ -130,7 +134,7 @@ def works_on(house: House, client: RawClient) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bit_that_flipped_while_the_daemon_was_away_is_never_served(
-    short_path: Path, image: tuple[str, bytes], place: str
+    short_path: Path, image: tuple[str, bytes, bytes], place: str
 ) -> None:
     """The segment, the row or the block is given up, whichever the bit can have changed, and that is counted."""
     offset, kind = PLACES[place]
@@ -148,7 +152,7 @@ def test_a_bit_that_flipped_while_the_daemon_was_away_is_never_served(
         house.crash()
 
 
-def test_many_flipped_bits_everywhere_are_never_served(short_path: Path, image: tuple[str, bytes]) -> None:
+def test_many_flipped_bits_everywhere_are_never_served(short_path: Path, image: tuple[str, bytes, bytes]) -> None:
     """A file that rots all over its slots and rows costs its blocks, and not one wrong byte."""
     random = Random(7)
 

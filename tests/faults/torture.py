@@ -176,7 +176,7 @@ class Torture:
         """Bytes of each tier, by the daemon's account and by the file system's."""
         for name, tier in status["tiers"].items():
             assert tier["used_bytes"] <= tier["limit_bytes"], f"{name} uses {tier['used_bytes']} of {tier['limit_bytes']} bytes"
-        on_disk = sum(file.stat().st_size for file in (self.house.state / "nvme").rglob("*.segment*") if file.exists())
+        on_disk = sum(file.stat().st_size for file in (self.house.state / "nvme").rglob("*/*") if file.exists())
         limit = status["tiers"]["nvme"]["limit_bytes"]
         assert on_disk <= limit, f"{on_disk} bytes on disk, the limit is {limit}"
 

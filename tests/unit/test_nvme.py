@@ -18,7 +18,7 @@ from tierd.errors import Busy, Invalid
 from tierd.layout import Layout, Namespace
 from tierd.tiers.io.faulty import Faults, FaultyEngine
 from tierd.tiers.io.posix import PosixEngine
-from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK, FileSegment, digest
+from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK, FileSegment, digest, slots_path
 from tierd.tiers.segment import Geometry
 
 LAYOUT = Layout(3, 1, 24, "float16", block_tokens=15)
@@ -71,6 +71,18 @@ def create(folder: Path, io: object | None = None) -> FileSegment:
 def put(segment: FileSegment, slots: list[int], numbers: list[int]) -> list[bool]:
     """Store numbered blocks in these slots."""
     return segment.write(slots, payloads(numbers), *chain(numbers)).tolist()
+
+
+def image(path: Path) -> bytes:
+    """All bytes of a segment on disk: its directory and then its slots."""
+    return path.read_bytes() + slots_path(path).read_bytes()
+
+
+def put_image(path: Path, data: bytes | bytearray) -> None:
+    """Make the files of a segment what they were when the image was taken."""
+    size = path.stat().st_size
+    path.write_bytes(data[:size])
+    slots_path(path).write_bytes(data[size:])
 
 
 def served(segment: FileSegment) -> dict[bytes, int]:
@@ -193,7 +205,7 @@ def test_a_flipped_bit_anywhere_in_the_file_is_never_served(tmp_path: Path) -> N
     segment.free([1])
     shape = segment.header.geometry
     segment.close()
-    whole = segment.path.read_bytes()
+    whole = image(segment.path)
     rows = [shape.state_offset, shape.identity_offset, shape.recency_offset, shape.directory_bytes]
     random = Random(7)
     near = [base + random.randrange(640) for base in rows for _ in range(60)]
@@ -202,7 +214,7 @@ def test_a_flipped_bit_anywhere_in_the_file_is_never_served(tmp_path: Path) -> N
     for offset in near + anywhere:
         flipped = bytearray(whole)
         flipped[offset] ^= 1 << random.randrange(8)
-        segment.path.write_bytes(flipped)
+        put_image(segment.path, flipped)
         try:
             victim = FileSegment.open(segment.path, PosixEngine())
         except Invalid:
@@ -240,7 +252,7 @@ class Snapshots:
     def _recorded(self, call: object) -> object:
         def write(descriptor: int, data: object, offset: int) -> int:
             written = call(descriptor, data, offset)
-            self.taken.append(self.path.read_bytes())
+            self.taken.append(image(self.path))
             return written
 
         return write
@@ -259,7 +271,7 @@ def test_a_kill_after_any_write_leaves_only_whole_blocks(tmp_path: Path, monkeyp
     segment.close()
     assert len(writes) == evicted_at + 6, "three directory writes and three payloads"
     for count, data in enumerate(writes, 1):
-        segment.path.write_bytes(data)
+        put_image(segment.path, data)
         survivor = FileSegment.open(segment.path, PosixEngine())
         codes = served(survivor)
         assert set(codes.values()) == {READ_OK} and survivor.scan().damaged == 0
@@ -323,11 +335,13 @@ def test_writers_of_one_segment_do_not_disturb_each_other(tmp_path: Path) -> Non
 
 
 def test_a_segment_is_preallocated_and_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
-    """The file has all its blocks from the start, mode 0600, and no unfinished twin."""
+    """The files have all their blocks from the start, mode 0600, and no unfinished twin."""
     segment = create(tmp_path)
-    stat = segment.path.stat()
-    assert stat.st_size == SEGMENT_BYTES <= stat.st_blocks * 512 and stat.st_mode & 0o777 == 0o600
-    assert [path.name for path in tmp_path.iterdir()] == [f"{segment.segment_id.hex()}.segment"]
+    stats = [path.stat() for path in tmp_path.iterdir()]
+    assert sum(stat.st_size for stat in stats) == SEGMENT_BYTES
+    assert all(stat.st_size <= stat.st_blocks * 512 and stat.st_mode & 0o777 == 0o600 for stat in stats)
+    name = segment.segment_id.hex()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.directory", f"{name}.slots"]
     segment.unlink()
     assert list(tmp_path.iterdir()) == []
 
@@ -335,10 +349,12 @@ def test_a_segment_is_preallocated_and_has_its_name_only_when_it_is_whole(tmp_pa
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda path: os.truncate(path, SEGMENT_BYTES - 4096), "its header says"),
+        (lambda path: os.truncate(path, path.stat().st_size - 4096), "the header says"),
+        (lambda path: os.truncate(slots_path(path), 4096), "the header says"),
+        (lambda path: slots_path(path).unlink(), "No such file"),
         (lambda path: os.truncate(path, 100), "100 bytes"),
         (lambda path: path.write_bytes(bytes(SEGMENT_BYTES)), "magic"),
-        (lambda path: path.rename(path.with_name("00.segment")), "the header calls it"),
+        (lambda path: path.rename(path.with_name("00.directory")), "the header calls it"),
     ],
 )
 def test_a_file_that_is_not_a_whole_segment_is_refused(tmp_path: Path, spoil: object, reason: str) -> None:
@@ -346,7 +362,7 @@ def test_a_file_that_is_not_a_whole_segment_is_refused(tmp_path: Path, spoil: ob
     segment = create(tmp_path)
     segment.close()
     spoil(segment.path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.directory")
     with pytest.raises(Invalid, match=reason):
         FileSegment.open(path, PosixEngine())
 
@@ -369,7 +385,7 @@ def test_a_full_disk_refuses_a_segment_and_keeps_the_others(small_disk: Path) ->
     put(segments[0], [0, 1], [1, 2])
     with pytest.raises(Busy, match="free space or lower"):
         segments.extend(create(small_disk) for _ in range(100))
-    assert 3 < len(segments) == len(list(small_disk.iterdir()))
+    assert 3 < len(segments) == len(list(small_disk.iterdir())) // 2
     assert served(segments[0]) == dict.fromkeys(names(1, 2), READ_OK)
     segments.pop().unlink()
     segments.append(create(small_disk))

@@ -13,7 +13,7 @@ import pytest
 from tierd.errors import Busy, Invalid
 from tierd.layout import Layout, Namespace
 from tierd.tiers.io.posix import PosixEngine
-from tierd.tiers.nvme import FileSegment
+from tierd.tiers.nvme import FileSegment, slots_path
 from tierd.tiers.state import StateDirectory
 
 NAMESPACE = Namespace("uid:1000", "model", Layout(2, 1, 8, "float16", block_tokens=4))
@@ -71,15 +71,17 @@ def test_whole_segments_are_opened_and_everything_else_is_removed(tmp_path: Path
     os.truncate(cut.path, 5000)
     elsewhere = tmp_path / "nvme" / "0123456789abcdef"
     elsewhere.mkdir()
-    moved = misplaced.path.rename(elsewhere / misplaced.path.name)
-    unfinished = state.folder(NAMESPACE) / "ab.segment.new"
+    moved = elsewhere / misplaced.path.name
+    for path, target in ((misplaced.path, moved), (slots_path(misplaced.path), slots_path(moved))):
+        path.rename(target)
+    unfinished = state.folder(NAMESPACE) / "ab.new"
     unfinished.write_bytes(b"x")
     strange = state.folder(NAMESPACE) / "README"
     strange.touch()
     opened = state.open_segments(IO)
     assert [segment.path for segment in opened.segments] == [good.path]
     reasons = dict(opened.removed)
-    assert reasons.keys() == {unfinished, cut.path, moved}
+    assert reasons.keys() == {unfinished, cut.path, moved, slots_path(cut.path), slots_path(moved)}
     assert reasons[unfinished] == "unfinished" and "5000 bytes" in reasons[cut.path] and "folder" in reasons[moved]
     assert not any(path.exists() for path in reasons) and strange.exists()
     assert StateDirectory.open_segments(state, IO).removed == []

@@ -24,6 +24,9 @@ TURNS = 4
 """The queue remembers as many blocks as fit into the upper tier this many times: older ones are hardly in memory still.
 """
 
+RUN_BYTES_MAX = 1024 * HASH_BYTES
+"""A run that long is not joined with more: it is matched again for each part of it that is planned."""
+
 
 class WriteBack:
     """Queue of runs (parent, packed hashes) that go to the lower tier; does nothing unless `enabled`."""
@@ -44,11 +47,16 @@ class WriteBack:
         """Blocks of the runs in the queue."""
 
     def push(self, parent: bytes, hashes: bytes) -> None:
-        """Queue a run; the oldest ones go when the queue is full, and are counted."""
+        """Queue a run, joined to the last one if it goes on there; the oldest ones go when the queue is full, and are
+        counted.
+        """
         if not self._enabled:
             return
-        self.queue.append((parent, hashes))
         self.blocks += len(hashes) // HASH_BYTES
+        if self.queue and self.queue[-1][1].endswith(parent) and len(self.queue[-1][1]) < RUN_BYTES_MAX:
+            parent, head = self.queue.pop()
+            hashes = head + hashes
+        self.queue.append((parent, hashes))
         while self.blocks > TURNS * self._pools[UPPER].slots and len(self.queue) > 1:
             self._pop()
             self._counters["write_back_dropped",] += 1

@@ -1,8 +1,8 @@
-"""File segments: the same format as in memory, in preallocated files, with a copy of the directory kept in memory.
+"""File segments: the same format as in memory, in two preallocated files, with a copy of the directory kept in memory.
 
-Each step of a write puts whole directory pages into the file; payloads go by an io engine. Both go past the page cache
-where possible. Nothing is synced: a lost or torn write shows up in a CRC or in a payload's digest, and
-is a miss.
+Each step of a write puts whole directory pages into the one file, through the page cache, so that it never waits for
+the medium; payloads go to the other by an io engine, past the page cache where possible. Nothing is synced: a lost or
+torn write shows up in a CRC or in a payload's digest, and is a miss.
 The rule of this file: no payload is written to a slot before FILLING was, and nothing is returned that was not
 verified.
 """
@@ -10,7 +10,6 @@ verified.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -36,6 +35,8 @@ from tierd.tiers.segment import (
     Medium,
 )
 
+DIRECTORY, UNFINISHED, SLOTS = ".directory", ".new", ".slots"
+"""How the names of a segment's files end, after its id in hex."""
 READ_OK, READ_FAILED, READ_DAMAGED = 0, 1, 2
 """What `FileSegment.read` says per block: good bytes, the medium failed, or other bytes than were written."""
 
@@ -46,7 +47,7 @@ def digest(payload: Buffer) -> int:
 
 
 class FileSegment:
-    """One segment file. Thread safe; every method that touches the file blocks.
+    """One segment on disk; `path` is its directory's. Thread safe; every method that touches the file blocks.
 
     Payload buffers are page aligned and `slot_bytes` long (slots of memory segments), of which the first
     `payload_bytes` count. Failures of the medium are values; `failures` counts them by reason.
@@ -58,12 +59,10 @@ class FileSegment:
         self._lock = Lock()  # around changes of the directory's copy: held for microseconds
         self._file_lock = RLock()  # around writes of its pages, so that no older page follows a newer one
         self._count_lock = Lock()
-        self._payloads = io.open(path)
+        self._payloads = io.open(slots_path(path))
         try:
             self._pages = _read_directory(path, header.geometry.directory_bytes)
-            # Buffered writes would wait for all direct writes to the file that are under way, and hold up the next ones.
-            direct = os.O_DIRECT if self._payloads.direct else 0
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | direct)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except BaseException:
             self._payloads.close()
             raise
@@ -88,29 +87,25 @@ class FileSegment:
 
     @classmethod
     def format(cls, folder: Path, header: Header, io: IoEngine) -> FileSegment:
-        """Make the segment file that a header describes; it has its name only once it is whole."""
-        path = folder / f"{header.segment_id.hex()}.segment"
-        unfinished = path.with_suffix(".segment.new")
+        """Make the files of the segment that a header describes; it is one as soon as its directory has its name."""
+        path = folder / f"{header.segment_id.hex()}{DIRECTORY}"
+        unfinished, slots = path.with_suffix(UNFINISHED), slots_path(path)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, header.geometry.total_bytes)
-                _write_whole(descriptor, memoryview(header.pack()), 0)
-            finally:
-                os.close(descriptor)
+            _allocate(slots, header.geometry.slots_bytes, b"")
+            _allocate(unfinished, header.geometry.directory_bytes, header.pack())
             unfinished.rename(path)
             return cls(path, header, io)
         except (OSError, RuntimeError) as error:
-            for leftover in (unfinished, path):
+            for leftover in (unfinished, path, slots):
                 with suppress(OSError):
                     leftover.unlink(missing_ok=True)
             wanted = header.geometry.total_bytes
-            raise Busy(f"no segment file of {wanted} bytes in {folder}: {error}; free space or lower nvme.bytes") from error
+            raise Busy(f"no segment of {wanted} bytes in {folder}: {error}; free space or lower nvme.bytes") from error
 
     @classmethod
     def open(cls, path: Path, io: IoEngine) -> FileSegment:
-        """Open a segment file as it was left.
+        """Open a segment as it was left, by the path of its directory.
 
         Raises Invalid with the reason when it is foreign or damaged, Busy when this process lacks descriptors or
         memory.
@@ -119,10 +114,15 @@ class FileSegment:
             header, size = _read_header(path)
             if header.medium != Medium.FILE:
                 raise Invalid(f"{path}: the header says {header.medium.name.lower()}, not file")
-            if path.name != (name := f"{header.segment_id.hex()}.segment"):
+            if path.name != (name := f"{header.segment_id.hex()}{DIRECTORY}"):
                 raise Invalid(f"{path}: the header calls it {name}")
-            if size != header.geometry.total_bytes:
-                raise Invalid(f"{path}: has {size} bytes, its header says {header.geometry.total_bytes}")
+            shape, slots = header.geometry, slots_path(path)
+            for file, found, expected in (
+                (path, size, shape.directory_bytes),
+                (slots, os.stat(slots).st_size, shape.slots_bytes),
+            ):
+                if found != expected:
+                    raise Invalid(f"{file}: has {found} bytes, the header says {expected}")
             return cls(path, header, io)
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -238,8 +238,9 @@ class FileSegment:
             self._descriptor = -1
 
     def unlink(self) -> None:
-        """Close and remove the file: its blocks are gone, its bytes the file system's."""
+        """Close and remove the files: the blocks are gone, their bytes the file system's."""
         self.path.unlink(missing_ok=True)
+        slots_path(self.path).unlink(missing_ok=True)
         self.close()
 
     def _payload(self, buffer: Buffer) -> memoryview:
@@ -248,7 +249,7 @@ class FileSegment:
     def _blocks(self, at: NDArray[np.int64], buffers: Sequence[Buffer]) -> list[tuple[int, Buffer]]:
         shape = self.header.geometry
         assert all(len(buffer) == shape.slot_bytes for buffer in buffers), "a buffer is a whole slot"
-        return list(zip((shape.directory_bytes + at * shape.slot_bytes).tolist(), buffers, strict=True))
+        return list(zip((at * shape.slot_bytes).tolist(), buffers, strict=True))
 
     def _put_states(self, at: NDArray[np.int64]) -> bool:
         return self._put(self.header.geometry.state_offset, STATE_BYTES, at)
@@ -305,13 +306,28 @@ def _read_header(path: Path) -> tuple[Header, int]:
 
 
 def _read_directory(path: Path, size: int) -> memoryview:
-    """A copy of a file's directory, page aligned as O_DIRECT wants it."""
-    pages = memoryview(mmap.mmap(-1, size))
+    """A copy of a directory."""
+    pages = memoryview(bytearray(size))
     with open(path, "rb", buffering=0) as file:
         received = file.readinto(pages)
     if received != size:
         raise OSError(errno.EIO, f"the directory has {received} bytes, its header says {size}")
     return pages
+
+
+def slots_path(directory: Path) -> Path:
+    """The file with the slots that belong to a directory."""
+    return directory.with_suffix(SLOTS)
+
+
+def _allocate(path: Path, size: int, start: bytes) -> None:
+    """Make a file of `size` bytes that begins with `start`."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+        _write_whole(descriptor, memoryview(start), 0)
+    finally:
+        os.close(descriptor)
 
 
 def _write_whole(descriptor: int, data: memoryview, offset: int) -> None:

@@ -30,7 +30,7 @@ _CRC_OFFSET = HEADER_BYTES - 4
 
 
 class Medium(IntEnum):
-    """Where a segment lives: two memfds or one file."""
+    """Where a segment lives: two memfds or two files."""
 
     MEMORY = 1
     FILE = 2
@@ -90,7 +90,7 @@ class Geometry:
 
     @cached_property
     def directory_bytes(self) -> int:
-        """Header and columns; in a file also the offset of slot 0."""
+        """Header and columns."""
         return self.recency_offset + _round_up(self.slot_count * RECENCY_BYTES, PAGE_BYTES)
 
     @cached_property
@@ -170,7 +170,7 @@ class Header:
             *(MAGIC, VERSION, int(self.medium), self.segment_id, namespace.id, namespace.layout.fingerprint),
             *(self.epoch, self.created_ns, shape.payload_bytes, shape.slot_bytes, shape.slot_count, record_bytes),
             *(shape.state_offset, shape.holders_offset, shape.identity_offset, shape.recency_offset),
-            shape.directory_bytes if self.medium == Medium.FILE else 0,
+            0,  # where slot 0 is, in the second descriptor
             shape.total_bytes,
         )
 

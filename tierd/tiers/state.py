@@ -10,7 +10,7 @@ from pathlib import Path
 from tierd.errors import Busy, Invalid
 from tierd.layout import Namespace
 from tierd.tiers.io import IoEngine
-from tierd.tiers.nvme import FileSegment
+from tierd.tiers.nvme import DIRECTORY, SLOTS, UNFINISHED, FileSegment
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class StateDirectory:
         return self.nvme_path / namespace.id.hex()[:16]
 
     def open_segments(self, io: IoEngine) -> Opened:
-        """Open all segment files, and remove unfinished, foreign and damaged ones: they are a cache.
+        """Open all segments, and remove unfinished, foreign and damaged ones: they are a cache.
 
         Blocks for reading every directory. Raises Busy when the process has too few descriptors for them.
         """
         opened = Opened([], [])
-        for path in sorted(self.nvme_path.glob("*/*.segment.new")):
+        for path in sorted(self.nvme_path.glob(f"*/*{UNFINISHED}")):
             self._remove(path, "unfinished", opened)
-        for path in sorted(self.nvme_path.glob("*/*.segment")):
+        for path in sorted(self.nvme_path.glob(f"*/*{DIRECTORY}")):
             try:
                 segment = FileSegment.open(path, io)
             except Invalid as error:
@@ -66,6 +66,9 @@ class StateDirectory:
                 self._remove(path, "in another namespace's folder", opened)
                 continue
             opened.segments.append(segment)
+        for path in sorted(self.nvme_path.glob(f"*/*{SLOTS}")):
+            if not path.with_suffix(DIRECTORY).exists():
+                self._remove(path, "without a directory", opened)
         return opened
 
     def close(self) -> None:
