@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.sim.clients import Client, chain
-from tests.sim.world import World
+from tests.sim.world import LOWER, UPPER, World
 from tierd.block import ROOT
-from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, TIERS, UPPER, Wait
+from tierd.core.plan import IO_ERROR, MISMATCH, OK, Wait
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 PICK = st.integers(0, 1 << 16)
@@ -77,7 +77,7 @@ class CacheMachine(RuleBasedStateMachine):
         """What was not released, at once or after waiting for the transfers that it needs."""
         client, lease = self.lease(pick, writing=False)
         held = self.world.cache.sessions[client.id].leases[lease]
-        released = (held.upper < 0) & (held.lower < 0)
+        released = held.slots.max(0) < 0
         if first >= held.blocks or released[first : first + count].any() or -lease in client.claims:
             return
         answer = self.world.load(client, lease, first, count)
@@ -143,7 +143,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Transfers end in any order, block by block well or not."""
         transfer = self.world.running[pick % len(self.world.running)]
         outcome = (codes + [OK] * len(transfer))[: len(transfer)]
-        if transfer.target == TIERS[LOWER]:
+        if transfer.target == "nvme":
             outcome = [IO_ERROR if code else OK for code in outcome]
         self.world.finish(transfer, outcome)
 

@@ -42,6 +42,7 @@ class Client:
 
     id: int
     bit: int
+    tier: int
     claims: dict[int, Claim] = field(default_factory=dict)
     attached: bool = True
 

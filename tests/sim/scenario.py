@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 
 from tests.sim.clients import Client, chain
-from tests.sim.world import World
+from tests.sim.world import LOWER, UPPER, World
 from tierd.block import ROOT
-from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Transfer, Wait
+from tierd.core.plan import IO_ERROR, MISMATCH, OK, Transfer, Wait
 
 CLIENTS_MAX = 5
 DEEP_SHARE = 0.1
@@ -140,7 +140,7 @@ class Scenario:
         claim = client.claims[lease]
         held = self.world.cache.sessions[client.id].leases[lease]
         count = self.dice.randint(1, 16)
-        released = (held.upper < 0) & (held.lower < 0)
+        released = held.slots.max(0) < 0
         if first < held.blocks and not released[first : first + count].any():
             answer = self.world.load(client, lease, first, count)
             if isinstance(answer, Wait) and self.dice.random() < 0.5 and first not in claim.places:

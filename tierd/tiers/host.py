@@ -41,6 +41,8 @@ class HostSegment:
         shape = header.geometry
         self.header = header
         self.directory_fd, self.slots_fd = directory_fd, slots_fd
+        self.kept_as = ""
+        """The name under which a service manager keeps its descriptors, if it does."""
         self.directory = Directory(memoryview(_map(directory_fd, shape.directory_bytes)), header)
         mapping = np.frombuffer(_map(slots_fd, shape.slots_bytes), np.uint8)
         self.slots: NDArray[np.uint8] = mapping[: shape.slot_count * shape.slot_bytes].reshape(shape.slot_count, -1)
@@ -90,7 +92,7 @@ class HostSegment:
             return cls(header, *descriptors)
         except OSError as error:
             _close_all(descriptors)
-            raise Busy(f"no memory for a segment of {shape.total_bytes} bytes: {error}; lower cpu.bytes") from error
+            raise Busy(f"no memory for a segment of {shape.total_bytes} bytes: {error}; lower the tier's bytes") from error
 
     @classmethod
     def adopt(cls, directory_fd: int, slots_fd: int) -> HostSegment:
