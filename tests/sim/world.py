@@ -20,7 +20,7 @@ from tierd.block import HASH_BYTES, ROOT, split
 from tierd.core.cache import Cache
 from tierd.core.ladder import CLOSED, TIERS
 from tierd.core.plan import MISMATCH, NO_ROOM, OK, PENDING, STORED, Committed, Found, Transfer, Wait
-from tierd.core.pool import FILLING, READY, STATES, Pool
+from tierd.core.pool import FILLING, QUARANTINED, READY, STATES, Pool
 from tierd.core.recovery import recover
 from tierd.errors import Busy, Gone
 
@@ -227,7 +227,9 @@ class World:
 
     def finish(self, transfer: Transfer, outcome: list[int] | None = None) -> None:
         """End a transfer; `outcome` says for each block what became of it."""
+        lied = self.cache.pools[self.names.index(transfer.source)].state[transfer.source_slots] == QUARANTINED
         outcome = [OK] * len(transfer) if outcome is None else outcome
+        outcome = [MISMATCH if bad else code for code, bad in zip(outcome, lied, strict=True)]  # as to who read it before
         self.running.remove(transfer)
         down = transfer.target == CLOSED
         for at, code in enumerate(outcome):
@@ -252,7 +254,7 @@ class World:
         source, target = (self.names.index(name) for name in (transfer.source, transfer.target))
         block = transfer.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
         segment, index = self._place(source, int(transfer.source_slots[at]))
-        assert segment.content[index] == block, "the source of a transfer was reused"
+        assert segment.content[index] == block or code == MISMATCH, "the source of a transfer was reused"
         to, there = self._place(target, int(transfer.target_slots[at]))
         if code == OK:
             to.content[there] = block

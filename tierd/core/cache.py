@@ -165,7 +165,7 @@ class Cache:
         if is_here.all():
             slots[:tier] = slots[tier + 1 :] = -1
             pool.use(here)
-        else:  # behind what is told, hold the lowest copies: those above stay evictable
+        else:  # behind what is told, hold copies elsewhere where there are any: those here stay evictable
             told = min(int(is_here.argmin()), self._told_max(tier))
             _keep_one(slots, tier, told)
             for below, row in zip(self.pools, slots, strict=True):
@@ -441,7 +441,11 @@ def _risen(lease: Lease, first: int, end: int) -> int:
 
 
 def _keep_one(slots: Slots, tier: int, told: int) -> None:
-    """Of the copies of each block (int32[tiers, n]) keep the one in `tier` for the first `told`, else the lowest."""
-    lowest = np.full(slots.shape[1], tier)
-    lowest[told:] = len(slots) - 1 - (slots[::-1, told:] >= 0).argmax(0)
-    slots[np.arange(len(slots))[:, None] != lowest] = -1
+    """Of the copies of each block (int32[tiers, n]) keep the one in `tier` for the first `told`, else the lowest of those
+    elsewhere.
+    """
+    there = slots[:, told:] >= 0
+    there[tier] &= np.count_nonzero(there, axis=0) == 1
+    kept = np.full(slots.shape[1], tier)
+    kept[told:] = len(slots) - 1 - there[::-1].argmax(0)
+    slots[np.arange(len(slots))[:, None] != kept] = -1

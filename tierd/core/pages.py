@@ -46,12 +46,13 @@ class Pages:
     def commit(self, session: Session, slots: Slots, parents: bytes, hashes: bytes, now: int) -> Slots:
         """Name reserved pages, a parent (32 bytes each) and a hash for every one; returns a code for each (int32[n]).
 
-        NAMED: it is that block now, and stays held. A slot number: the block is there already, and held from now on; the
-        page stays reserved. UNNAMED: it stays reserved, because its parent is not known or its segment is being given up.
+        NAMED: it is that block now, and stays held, to read. A slot number: the block is there already, and held from now
+        on; the page stays reserved. UNNAMED: it stays reserved, because its parent is not known. A page that is not reserved
+        (it was named and the answer got lost, or its segment is being given up) is NAMED: others may be reading it.
         """
         _check_paged(session, "commit_pages")
         _check_request(session, slots, parents, hashes)
-        codes = np.full(len(slots), UNNAMED, np.int32)
+        codes = np.where(session.pool.state[slots] == FILLING, np.int32(UNNAMED), np.int32(NAMED))
         runs, waiting = _runs(slots, parents, hashes), 0
         while len(runs) != waiting:  # a parent may be anywhere in the request
             waiting, unknown = len(runs), []
@@ -82,16 +83,16 @@ class Pages:
         placed = publish(self._index, session.tier, run.parents[:HASH_BYTES], run.hashes, np.where(reserved, slots, -1), now)
         if placed is None:
             return None
-        own = placed == slots  # also when it was named before, and the answer was lost
-        if len(new := np.flatnonzero(own & reserved)):
+        if len(new := np.flatnonzero(reserved & (placed == slots))):
             pool.begin(slots[new], pick(run.hashes, new), pick(run.parents, new))
             pool.ready(slots[new])
             pool.use(slots[new])
             self._write_back.push(session.tier, run.parents[:HASH_BYTES], run.hashes)
-        if len(others := placed[(placed >= 0) & ~own]):
+        codes: Slots = np.where(reserved & (placed != slots), placed, np.int32(NAMED))
+        if len(others := codes[codes >= 0]):
             pool.use(others)
             session.hold(others)
-        codes: Slots = np.where(own, np.int32(NAMED), np.where(placed >= 0, placed, np.int32(UNNAMED)))
+        codes[reserved & (placed < 0)] = UNNAMED
         return codes
 
 

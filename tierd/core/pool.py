@@ -139,9 +139,9 @@ class Pool:
         self.unuse(slots)
 
     def fill_again(self, slots: Slots) -> None:
-        """Those of these used slots that are only waited for are filled by who holds them, unnamed as when they were taken."""
+        """Those of these slots that are only waited for, by one user, are filled by it, unnamed as when they were taken."""
         closing = np.isin(slots // self.slots_per_segment, list(self.closing))
-        slots = slots[(self.state[slots] == RETIRED) & ~closing]
+        slots = slots[(self.state[slots] == RETIRED) & (self.users[slots] == 1) & ~closing]
         self.state[slots] = FILLING
         for ordinal, local, _ in self.by_segment(slots):
             self.segments[ordinal].free(local)

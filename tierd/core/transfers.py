@@ -29,7 +29,7 @@ class Transfers:
         found = np.zeros(copies.shape[1], np.int32)
         for source, slots in enumerate(copies):
             if (source, target) in self._readers:
-                np.copyto(found, self._read(source, target)[slots], where=slots >= 0)
+                np.maximum(found, self._read(source, target)[slots], out=found, where=slots >= 0)
         return found
 
     def plan(

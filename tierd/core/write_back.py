@@ -2,12 +2,12 @@
 
 Each tier but the top one has a queue of runs that are to come to it from above; what has come to a tier goes on to the
 next. A run that is queued is looked up again when its turn comes: what is not there yet is copied, from the lowest tier
-above that has it, and takes ancestors along that were never written. What any tier further down has already stays
-where it is.
+above that has it. What any tier further down has already stays where it is.
 
 A prefix-closed tier survives alone, so a block enters it only when its parent is there: it is written behind the last
-block that is there or on its way. Transfers of one chain may be under way together, but they are entered in the order
-of the chain.
+block that is there or on its way, and takes ancestors along that were never written. Transfers of one chain may be
+under way together, but they are entered in the order of the chain. Into other tiers each run goes once, since the
+blocks at its end may drive those at its head out again.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ class WriteBack:
         above, writers = copies[:target], self._transfers.arriving(target, copies)
         todo = (copies[target:].max(0) < 0) & (writers == 0)
         wanted = todo & (above.max(0) >= 0)
+        start = 0 if is_closed else pieces[0].start
+        wanted[:start] = False
         if not wanted.any():
             return False
         first = int((todo if is_closed else wanted).argmax())
@@ -155,10 +157,12 @@ class WriteBack:
             self.push(target, parent, hashes)
             return False
         end = first + len(targets)
-        if wanted[end:].any():
-            self.queues[target].put_back(parent, hashes)
         assert path[0].parent is not None
         chain = path[0].parent.last_hash + b"".join([node.hashes for node in path])
+        if wanted[end:].any():
+            if not is_closed:
+                parent, hashes = chain[end * HASH_BYTES : (end + 1) * HASH_BYTES], hashes[(end - start) * HASH_BYTES :]
+            self.queues[target].put_back(parent, hashes)
         run, parents = (
             chain[(first + 1) * HASH_BYTES : (end + 1) * HASH_BYTES],
             chain[first * HASH_BYTES : end * HASH_BYTES],
