@@ -312,12 +312,11 @@ class Cache:
             return count
         entered = placed[at] == slots
         pool.ready(slots[entered])
-        if not entered.all():
-            pool.give(slots[~entered])
-        if entered.any():
-            self.write_back.push(lease.tier, lease.parent, hashes)
-        dropped = int((placed[at] < 0).sum() + ((placed[at] >= 0) & ~alive).sum())
-        if dropped:
+        self.write_back.push(lease.tier, lease.parent, hashes)
+        if entered.all():
+            return 0
+        pool.give(slots[~entered])
+        if dropped := int(((placed[at] < 0) | ~alive).sum()):
             self.counters["commit_misplaced",] += dropped
         return dropped
 

@@ -150,6 +150,14 @@ def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
     return np.frombuffer(hashes, "V32")[positions].tobytes()
 
 
+def any_of(rows: Slots) -> NDArray[np.bool_]:
+    """Which blocks are in any of these tiers (int32[tiers, n], at least one): cheaper than a maximum over so few rows."""
+    there: NDArray[np.bool_] = rows[0] >= 0
+    for row in rows[1:]:
+        there = there | (row >= 0)
+    return there
+
+
 def leading(good: NDArray[np.bool_]) -> int:
     """How many leading elements are true."""
     return len(good) if good.all() else int(good.argmin())

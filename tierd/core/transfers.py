@@ -26,11 +26,17 @@ class Transfers:
 
     def arriving(self, target: int, copies: Slots) -> NDArray[np.int32]:
         """The transfer that brings each block to a tier (int32[n]), 0: none; `copies` (int32[tiers, n]) says where they are."""
-        found = np.zeros(copies.shape[1], np.int32)
-        for source, slots in enumerate(copies):
+        found: list[NDArray[np.int32]] = []
+        for source in range(len(copies)):
             if (source, target) in self._readers:
-                np.maximum(found, self._read(source, target)[slots], out=found, where=slots >= 0)
-        return found
+                slots = copies[source]
+                found.append(np.where(slots >= 0, self._read(source, target)[slots], 0))
+        match found:
+            case []:
+                return np.zeros(copies.shape[1], np.int32)
+            case [only]:
+                return only
+        return np.maximum.reduce(found)
 
     def plan(
         self, reason: str, source: int, target: int, slots: Slots, targets: Slots, hashes: bytes, parents: bytes

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.index import Index, Node, Piece
 from tierd.core.ladder import Ladder
-from tierd.core.plan import WRITE_BACK, Transfer, leading
+from tierd.core.plan import WRITE_BACK, Slots, Transfer, any_of, leading
 from tierd.core.pool import FILLING
 from tierd.core.room import Room
 from tierd.core.transfers import Transfers
@@ -138,16 +138,19 @@ class WriteBack:
         path = self._unsettled(pieces[-1].node, target) if is_closed else [piece.node for piece in pieces]
         copies = np.concatenate([node.slots for node in path], axis=1)[:, : sum(map(len, path[:-1])) + pieces[-1].end]
         above, writers = copies[:target], self._transfers.arriving(target, copies)
-        todo = (copies[target:].max(0) < 0) & (writers == 0)
-        wanted = todo & (above.max(0) >= 0)
+        todo = ~any_of(copies[target:]) & (writers == 0)
+        wanted = todo & any_of(above)
         start = 0 if is_closed else pieces[0].start
         wanted[:start] = False
         if not wanted.any():
             return False
         first = int((todo if is_closed else wanted).argmax())
-        source = target - 1 - int((above[::-1, first] >= 0).argmax())
-        same = wanted & (above[source] >= 0) & (above[source + 1 :].max(0, initial=-1) < 0)
-        count = leading(same[first : first + blocks_max])
+        source = target - 1
+        while source and above[source, first] < 0:
+            source -= 1
+        count = leading(wanted[first : first + blocks_max])
+        if len(above) > 1:
+            count = _leading_from(source, above[:, first : first + count])
         if not count:
             self._counters["write_back_orphans",] += int(wanted.sum())
             return False
@@ -189,3 +192,11 @@ class WriteBack:
         if parent != ROOT and (entry is None or entry[0].slots[self._ladder.closed, entry[1]] < 0):
             return []
         return self._index.match(transfer.hashes, parent) or []
+
+
+def _leading_from(source: int, above: Slots) -> int:
+    """How many leading blocks have their lowest copy in tier `source` of these."""
+    good = above[source] >= 0
+    for row in above[source + 1 :]:
+        good &= row < 0
+    return leading(good)
