@@ -36,7 +36,8 @@ class Transfers:
                 return np.zeros(copies.shape[1], np.int32)
             case [only]:
                 return only
-        return np.maximum.reduce(found)
+        latest: NDArray[np.int32] = np.maximum.reduce(found)
+        return latest
 
     def plan(
         self, reason: str, source: int, target: int, slots: Slots, targets: Slots, hashes: bytes, parents: bytes
