@@ -3,6 +3,7 @@
 - A space grows ahead of need, off the loop, while its tier has bytes left; a request waits only for the first segment.
 - When a tier is full, a space lives inside its own segments. One that has none is given the coldest segment of another space,
   and one whose own coldest block is warmer than that segment takes it over in the background.
+- Pages that an engine holds are not waited for: of the gpu tier only segments that nobody uses change hands.
 - A memory segment changes hands by dying: its blocks leave the index, its last user lets go, every client that maps it
   answers `detach` (or dies), and only then its bytes are free for a new one.
 """
@@ -17,6 +18,7 @@ from itertools import count
 from typing import Any
 
 from tierd import clock
+from tierd.core.ladder import PAGED
 from tierd.core.plan import WRITE_BACK, Transfer
 from tierd.errors import Busy, TierdError
 from tierd.log import get_logger
@@ -210,7 +212,8 @@ class Keeper:
             if space is taker or (not need and space.sessions and len(pool.segments) <= 1):
                 continue
             for ordinal, last_use in pool.last_use.items():
-                if ordinal not in pool.closing and (best is None or last_use < best[0]):
+                held = self.tiers[tier].name == PAGED and not pool.is_idle(ordinal)
+                if ordinal not in pool.closing and not held and (best is None or last_use < best[0]):
                     best = (last_use, space, ordinal)
         if best is None or (not need and best[0] >= taker.coldest(tier)):
             return None

@@ -44,6 +44,7 @@ from tierd.core.plan import (
     Slots,
     Transfer,
     Wait,
+    keep_one,
     leading,
     names,
     nothing,
@@ -167,7 +168,7 @@ class Cache:
             pool.use(here)
         else:  # behind what is told, hold copies elsewhere where there are any: those here stay evictable
             told = min(int(is_here.argmin()), self._told_max(tier))
-            _keep_one(slots, tier, told)
+            keep_one(slots, tier, told)
             for below, row in zip(self.pools, slots, strict=True):
                 below.use(row[row >= 0])
         lease = Lease(next(self._ids), session_id, tier, parent, hashes, slots, blocks, np.zeros(blocks, np.bool_))
@@ -437,14 +438,3 @@ class Cache:
 def _risen(lease: Lease, first: int, end: int) -> int:
     """The first block in [first, end) that is not in the lease's tier yet, or `end`."""
     return first + leading(lease.here[first:end] >= 0)
-
-
-def _keep_one(slots: Slots, tier: int, told: int) -> None:
-    """Of the copies of each block (int32[tiers, n]) keep the one in `tier` for the first `told`, else the lowest of those
-    elsewhere.
-    """
-    there = slots[:, told:] >= 0
-    there[tier] &= np.count_nonzero(there, axis=0) == 1
-    kept = np.full(slots.shape[1], tier)
-    kept[told:] = len(slots) - 1 - there[::-1].argmax(0)
-    slots[np.arange(len(slots))[:, None] != kept] = -1

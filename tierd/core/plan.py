@@ -161,3 +161,14 @@ def any_of(rows: Slots) -> NDArray[np.bool_]:
 def leading(good: NDArray[np.bool_]) -> int:
     """How many leading elements are true."""
     return len(good) if good.all() else int(good.argmin())
+
+
+def keep_one(slots: Slots, tier: int, told: int) -> None:
+    """Of the copies of each block (int32[tiers, n]) keep the one in `tier` for the first `told`, else the lowest of those
+    elsewhere.
+    """
+    there = slots[:, told:] >= 0
+    there[tier] &= np.count_nonzero(there, axis=0) == 1
+    kept = np.full(slots.shape[1], tier)
+    kept[told:] = len(slots) - 1 - there[::-1].argmax(0)
+    slots[np.arange(len(slots))[:, None] != kept] = -1
