@@ -196,6 +196,19 @@ def test_a_lookup_may_be_given_up_at_any_time(paged: Daemon, connect: Connect) -
     reserve_all(client)
 
 
+def test_pages_that_an_engine_holds_do_not_change_hands(paged: Daemon, connect: Connect) -> None:
+    """Another namespace is refused while all are held, and is given a segment when nobody uses one any more."""
+    one = connect(paged)
+    pages = reserve_all(one)
+    other = connect(paged, model="other")
+    assert answer(other, other.reserve(1)).failed
+    one.release(pages[pages < SLOTS])
+    asked = other.reserve(SLOTS)
+    until(other, lambda: one.poll() or asked.done)  # type: ignore[func-returns-value]
+    assert len(asked.pages) == SLOTS
+    assert (name(one, pages[pages >= SLOTS][:2], hashes_of(1, 2)).codes == -1).all()
+
+
 def test_misuse_is_refused_where_it_happens(paged: Daemon, connect: Connect) -> None:
     """Pages of nobody, too often, or with too few hashes; and the daemon refuses pages to who copies."""
     client = connect(paged)
