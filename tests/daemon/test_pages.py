@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import select
 import signal
 import subprocess
@@ -283,6 +284,40 @@ def test_pages_survive_the_daemon_where_its_memory_is_kept(start: Start, connect
     one.release(np.concatenate((pages, reserved)))
     two.close()
     reserve_all(one)
+
+
+def test_engines_under_pressure_keep_right_bytes_through_kills(start: Start, connect: Connect) -> None:
+    """Engines that share prefixes, store five times the tier and let go at random, while the daemon is killed again and again:
+    whatever they hold has its bytes after every step, and at the end nothing is held."""
+    daemon = start(held=True, **GPU)
+    clients = [connect(daemon) for _ in range(3)]
+    dice = random.Random(7)
+    held: list[tuple[PageClient, PageLookup | NDArray[np.int32], bytes]] = []
+    for step in range(240):
+        client = dice.choice(clients)
+        if step % 60 == 59:
+            daemon.kill()
+            for one in clients:
+                until(one, lambda one=one: not one.alive)  # type: ignore[misc]
+                until(one, lambda one=one: one.alive)  # type: ignore[misc]
+        hashes = hashes_of(dice.randrange(12), dice.randint(1, SLOTS // 2))
+        found = answer(client, client.lookup(hashes))
+        held.append((client, found, hashes))
+        rest, parent = hashes[found.ready * 32 :], (ROOT + hashes)[found.ready * 32 :][:32]
+        if rest and len(pages := reserve(client, len(rest) // 32)):
+            rest = rest[: len(pages) * 32]
+            codes = name(client, pages, rest, parent).codes
+            twins = codes >= 0
+            held.append((client, np.where(twins, codes, pages), rest))
+            client.release(pages[twins])
+        while held and (len(held) > 6 or dice.random() < 0.3):
+            owner, what, _ = held.pop(dice.randrange(len(held)))
+            what.release() if isinstance(what, PageLookup) else owner.release(what)
+        for owner, what, hashes in held:
+            check(owner, what.pages if isinstance(what, PageLookup) else what, hashes)
+    for owner, what, _ in held:
+        what.release() if isinstance(what, PageLookup) else owner.release(what)
+    reserve_all(clients[0])
 
 
 def test_pages_outlive_a_daemon_whose_memory_is_gone(start: Start, connect: Connect) -> None:

@@ -108,7 +108,7 @@ class Link:
         resumed = self._greeting.verb == "resume"
         try:
             welcome = connection.answer(self._greeting)
-        except Gone:
+        except (Gone, Invalid):  # a session that cannot be had again, whyever, would keep us away for good
             if not resumed:
                 raise
             self._greet(resuming=False)
