@@ -150,8 +150,8 @@ def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
     return np.frombuffer(hashes, "V32")[positions].tobytes()
 
 
-def any_of(rows: Slots) -> NDArray[np.bool_]:
-    """Which blocks are in any of these tiers (int32[tiers, n], at least one): cheaper than a maximum over so few rows."""
+def any_of(rows: Slots | list[Slots]) -> NDArray[np.bool_]:
+    """Which blocks are in any of these tiers (int32[n] each, at least one): cheaper than a maximum over so few rows."""
     there: NDArray[np.bool_] = rows[0] >= 0
     for row in rows[1:]:
         there = there | (row >= 0)

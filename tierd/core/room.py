@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tierd.core.index import Index, Node
 from tierd.core.ladder import Ladder
-from tierd.core.plan import Slots
+from tierd.core.plan import Slots, any_of
 
 QUANTUM = 1024
 """Evict at least this many at a time (or a 64th of the tier), so that the cost per block is an array operation's."""
@@ -104,11 +104,8 @@ class Room:
 
     def _elsewhere(self, node: Node, tier: int) -> NDArray[np.bool_]:
         """Which of the node's blocks have a copy in another tier."""
-        elsewhere = np.zeros(len(node), np.bool_)
-        for at, row in enumerate(node.slots):
-            if at != tier:
-                elsewhere |= row >= 0
-        return elsewhere
+        others = [row for at, row in enumerate(node.slots) if at != tier]
+        return any_of(others) if others else np.zeros(len(node), np.bool_)
 
     def _count(self, tier: int, taken: int, clean: int) -> None:
         name = self._ladder.names[tier]

@@ -140,8 +140,10 @@ class WriteBack:
         above, writers = copies[:target], self._transfers.arriving(target, copies)
         todo = ~any_of(copies[target:]) & (writers == 0)
         wanted = todo & any_of(above)
-        start = 0 if is_closed else pieces[0].start
-        wanted[:start] = False
+        start = 0
+        if not is_closed:
+            start = pieces[0].start
+            wanted[:start] = False
         if not wanted.any():
             return False
         first = int((todo if is_closed else wanted).argmax())
