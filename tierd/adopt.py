@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 
 from tierd import systemd
-from tierd.core.plan import LOWER
-from tierd.core.pool import FREE, RETIRED
 from tierd.core.recovery import Rows, recover
 from tierd.errors import Invalid
 from tierd.layout import Namespace
 from tierd.log import get_logger
-from tierd.space import BITS, Attached, Space
+from tierd.space import BITS, Arena, Attached, Space
 from tierd.tiers.directory import Scan
 from tierd.tiers.host import HostSegment
+from tierd.tiers.segment import Medium
 from tierd.tiers.tier import NvmeTier, Tier
 
 log = get_logger("adopt")
+Found = tuple[Any, int | None]
+"""A segment, and the ordinal that it had."""
 
 
 @dataclass
@@ -46,22 +47,21 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
     Blocks for reading all directories; `now` is Unix milliseconds.
     """
     result = Adopted()
-    found: dict[bytes, list[list[Any]]] = {}
+    found: dict[bytes, list[list[Found]]] = {}
     names: dict[bytes, Namespace] = {}
-    for at, segments in enumerate([_memory_segments(stored), _files(tiers)]):
-        for segment in segments:
-            namespace = segment.header.namespace
-            names[namespace.id] = namespace
-            found.setdefault(namespace.id, [[], []])[at].append(segment)
+    for at, segment, ordinal in (*_memory_segments(tiers, stored), *_files(tiers)):
+        namespace = segment.header.namespace
+        names[namespace.id] = namespace
+        found.setdefault(namespace.id, [[] for _ in tiers])[at].append((segment, ordinal))
     for namespace_id, segments_by_tier in found.items():
         try:
             space = space_of(names[namespace_id])
         except Invalid as error:  # no segment as they are configured now can hold one of its blocks
-            for tier, segments in zip(tiers, segments_by_tier, strict=False):
-                for segment in segments:
+            for tier, segments in zip(tiers, segments_by_tier, strict=True):
+                for segment, _ in segments:
                     _give_up_segment(tier, segment, str(error))
             continue
-        _adopt_space(space, segments_by_tier, tiers, now, result)
+        _adopt_space(space, segments_by_tier, now, result)
         _adopt_sessions(space, stored, result)
     for name in [name for name in stored if name.startswith("session-") or name.endswith("-slots")]:
         _give_up_descriptors(name, stored.pop(name))
@@ -70,46 +70,51 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
     return result
 
 
-def _memory_segments(stored: dict[str, list[int]]) -> list[HostSegment]:
-    segments = []
-    for name in [name for name in stored if name.endswith("-directory")]:
-        slots_name = name.removesuffix("-directory") + "-slots"
-        descriptors = stored.pop(name) + stored.pop(slots_name, [])
+def _memory_segments(tiers: list[Tier], stored: dict[str, list[int]]) -> Iterator[tuple[int, Any, int | None]]:
+    """Tier, segment and ordinal of what was kept under `segment-<tier>-<ordinal>-<id>-directory` and `...-slots`."""
+    mapped = {tier.name: at for at, tier in enumerate(tiers) if tier.medium is Medium.MEMORY}
+    for name in [name for name in stored if name.startswith("segment-") and name.endswith("-directory")]:
+        kept_as = name.removesuffix("-directory")
+        descriptors = stored.pop(name) + stored.pop(f"{kept_as}-slots", [])
         try:
+            _, tier, ordinal, *_ = kept_as.split("-")
             if len(descriptors) != 2:
                 raise Invalid(f"{len(descriptors)} descriptors are kept for it, not 2")
-            segments.append(HostSegment.adopt(*descriptors))
+            if tier not in mapped:
+                raise Invalid(f"there is no {tier} tier in memory any more")
+            segment = HostSegment.adopt(*descriptors)
         except Invalid as error:
             log.warning("memory segment given up", segment=name, reason=str(error))
             _give_up_descriptors(name, descriptors)
-            systemd.remove(slots_name)
-    return segments
+            systemd.remove(f"{kept_as}-slots")
+            continue
+        segment.kept_as = kept_as
+        yield mapped[tier], segment, int(ordinal)
 
 
-def _files(tiers: list[Tier]) -> list[Any]:
-    tier = tiers[LOWER] if len(tiers) > 1 else None
-    if not isinstance(tier, NvmeTier):
-        return []
-    opened = tier.state.open_segments(tier.io)
-    for path, reason in opened.removed:
-        log.warning("segment file removed", path=path, reason=reason)
-    return opened.segments
+def _files(tiers: list[Tier]) -> Iterator[tuple[int, Any, int | None]]:
+    for at, tier in enumerate(tiers):
+        if isinstance(tier, NvmeTier):
+            opened = tier.state.open_segments(tier.io)
+            for path, reason in opened.removed:
+                log.warning("segment file removed", path=path, reason=reason)
+            yield from ((at, segment, None) for segment in opened.segments)
 
 
-def _adopt_space(space: Space, segments_by_tier: list[list[Any]], tiers: list[Tier], now: int, result: Adopted) -> None:
+def _adopt_space(space: Space, segments_by_tier: list[list[Found]], now: int, result: Adopted) -> None:
     tables = []
-    for arena, segments in zip(space.arenas, segments_by_tier, strict=False):
+    for arena, segments in zip(space.arenas, segments_by_tier, strict=True):
         scans: list[tuple[int, Scan]] = []
-        for segment in segments:
+        for segment, ordinal in segments:
             if segment.header.geometry != arena.geometry:
                 reason = f"its geometry {segment.header.geometry} is not the configured {arena.geometry}"
             elif not arena.tier.budget.reserve(arena.geometry.total_bytes):
                 reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes"
             else:
-                directory = segment.directory if arena is space.upper else segment
+                directory = segment.directory if isinstance(segment, HostSegment) else segment
                 scan = segment.scan() if directory is segment else directory.scan()
                 directory.reset(scan.spare)
-                scans.append((arena.add(segment, now), scan))
+                scans.append((arena.add(segment, now, ordinal), scan))
                 _count(result, damaged=scan.damaged, stale=scan.stale, unfinished=scan.unfinished)
                 continue
             _give_up_segment(arena.tier, segment, reason)
@@ -144,42 +149,42 @@ def _adopt_sessions(space: Space, stored: dict[str, list[int]], result: Adopted)
 
     Bits whose process nobody kept a descriptor of stay set: it may be alive, and still copying.
     """
-    dead: set[int] = set()
-    alive: dict[int, Attached] = {}
+    dead: set[tuple[str, int]] = set()
+    alive: dict[tuple[str, int], Attached] = {}
+    tiers = [arena.tier.name for arena in space.mapped]
     prefix = f"session-{space.namespace.id.hex()[:32]}-"
     for name in [name for name in stored if name.startswith(prefix)]:
-        number, session_id, token = name.removeprefix(prefix).split("-")
-        bit = int(number)
-        descriptors = stored.pop(name)
-        if len(descriptors) == 1 and (pid := living_pid(descriptors[0])):
-            alive[bit] = Attached(int(session_id, 16), bytes.fromhex(token), bit, descriptors[0], pid, "", space)
+        tier, number, session_id, token = name.removeprefix(prefix).split("-")
+        owner, descriptors = (tier, int(number)), stored.pop(name)
+        if tier in tiers and len(descriptors) == 1 and (pid := living_pid(descriptors[0])):
+            names = int(session_id, 16), bytes.fromhex(token), int(number)
+            alive[owner] = Attached(*names, descriptors[0], pid, "", space, tiers.index(tier))
         else:
-            dead.add(bit)
+            dead.add(owner)
             _give_up_descriptors(name, descriptors)
-    for bit in range(BITS):
-        held = _held(space, bit)
-        if bit in dead:
-            for segment in space.upper.segments.values():
-                segment.directory.unhold_all(bit)
-            continue
-        if bit not in alive and len(held):
-            log.warning("slots are held by an unknown process", namespace=space.namespace.id, bit=bit, slots=len(held))
-            alive[bit] = Attached(-1 - bit, os.urandom(16), bit, -1, 0, "unknown", space)
-        if bit in alive:
-            session = space.sessions[alive[bit].id] = alive[bit]
-            session.known = {at: segment.segment_id for at, segment in space.upper.segments.items()}  # it may map them all
-            pool = space.upper.pool
-            pool.claim(held[pool.state[held] == FREE], RETIRED)
-            space.cache.restore_session(session.id, bit, held)
-            result.sessions += 1
+    for at, arena in enumerate(space.mapped):
+        for bit in range(BITS):
+            held, owner = _held(arena, bit), (arena.tier.name, bit)
+            if owner in dead:
+                for segment in arena.segments.values():
+                    segment.directory.unhold_all(bit)
+                continue
+            if owner not in alive and len(held):
+                log.warning("slots are held by an unknown process", namespace=space.namespace.id, bit=bit, slots=len(held))
+                alive[owner] = Attached(-1 - bit - BITS * at, os.urandom(16), bit, -1, 0, "unknown", space, at)
+            if owner in alive:
+                session = space.sessions[alive[owner].id] = alive[owner]
+                session.known = {o: segment.segment_id for o, segment in arena.segments.items()}  # it may map them all
+                space.cache.restore_session(session.id, bit, session.tier, held)
+                result.sessions += 1
 
 
-def _held(space: Space, bit: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _held(arena: Arena, bit: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     """Slot numbers that carry a holder bit."""
     found = [np.empty(0, np.int32)]
-    for ordinal, segment in space.upper.segments.items():
+    for ordinal, segment in arena.segments.items():
         local = np.flatnonzero(segment.directory.holders & np.uint64(1 << bit)).astype(np.int32)
-        found.append(local + np.int32(ordinal * space.upper.pool.slots_per_segment))
+        found.append(local + np.int32(ordinal * arena.pool.slots_per_segment))
     return np.concatenate(found)
 
 

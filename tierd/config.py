@@ -22,6 +22,7 @@ from tierd.values import (
     boolean,
     count,
     decimal,
+    device,
     domains,
     file_mode,
     loopback,
@@ -51,6 +52,15 @@ class Server:
     admin_socket: Path = key(None, path)
     socket_mode: int = key("0660", file_mode)
     domains: dict[str, str] = key({}, domains)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The tier whose slots are an engine's pages; `bytes` is 0 when there is none."""
+
+    bytes: int = key("0", size(64 * KIB, 1024 * TIB, zero=True))
+    segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
+    device: str = key("cpu", device)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ class Config:
     """Everything that can be set. Made by `load`; `file` is the TOML file that was read, if any."""
 
     server: Server
+    gpu: Gpu
     cpu: Cpu
     nvme: Nvme
     policy: Policy
@@ -165,9 +176,10 @@ class Config:
     def prepare(self) -> None:
         """Create the directories; Invalid when one is unsafe or the machine cannot hold the memory tier."""
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.cpu.bytes > memory_bytes:
+        if self.cpu.bytes + self.gpu.bytes > memory_bytes:
             have, want = size_text(memory_bytes // MIB * MIB), size_text(self.cpu.bytes)
-            raise Invalid(f"cpu.bytes = {want} is over this machine's memory of {have}: set it lower")
+            beside = f" and gpu.bytes = {size_text(self.gpu.bytes)}" if self.gpu.bytes else ""
+            raise Invalid(f"cpu.bytes = {want}{beside} is over this machine's memory of {have}: set it lower")
         # Other users must be able to reach root's sockets, whose own mode says who may connect.
         make_directory("server.runtime_dir", self.server.runtime_dir, 0o755 if os.getuid() == 0 else 0o700)
         make_directory("server.state_dir", self.server.state_dir, 0o700)
@@ -177,6 +189,7 @@ class Config:
 
 SECTIONS: dict[str, type[Any]] = {
     "server": Server,
+    "gpu": Gpu,
     "cpu": Cpu,
     "nvme": Nvme,
     "policy": Policy,
@@ -191,6 +204,7 @@ FLAGS = {
     "--socket": "server.socket",
     "--runtime-dir": "server.runtime_dir",
     "--state-dir": "server.state_dir",
+    "--gpu-bytes": "gpu.bytes",
     "--cpu-bytes": "cpu.bytes",
     "--nvme-bytes": "nvme.bytes",
 }
@@ -311,8 +325,9 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
             raise Invalid(f"{named(small)}{note} is over {named(large)}: lower the first or raise the second")
 
     refuse_over("cpu.segment_bytes", "cpu.bytes")
-    if values["nvme.bytes"]:
-        refuse_over("nvme.segment_bytes", "nvme.bytes")
+    for tier in ("gpu", "nvme"):
+        if values[f"{tier}.bytes"]:
+            refuse_over(f"{tier}.segment_bytes", f"{tier}.bytes")
     refuse_over("limits.hello_frame_bytes_max", "limits.frame_bytes_max")
     # A request carries 32 bytes of hash a block; one more for each leaves ample room for the rest of its frame.
     refuse_over("limits.blocks_per_request_max", "limits.frame_bytes_max", 33, " times 33 bytes")

@@ -29,7 +29,7 @@ from tierd.space import Space
 from tierd.tiers import io
 from tierd.tiers.io.probe import probe
 from tierd.tiers.state import StateDirectory
-from tierd.tiers.tier import CpuTier, NvmeTier, Tier
+from tierd.tiers.tier import MemoryTier, NvmeTier, Tier
 
 logger = log.get_logger("daemon")
 
@@ -136,8 +136,10 @@ def open_exporter(exporter: Exporter) -> Exporter:
 
 def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple[str, str]]:
     """The configured tiers, and which io engine and path NVMe is reached by."""
-    tiers: list[Tier] = [CpuTier(config.cpu.bytes, config.cpu.segment_bytes, config.cpu.huge_pages)]
-    nvme = config.nvme
+    gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
+    tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages)]
+    if gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
+        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes, "off"))
     if not nvme.bytes:
         return tiers, ("none", "none")
     choice = probe(state.nvme_path, nvme.io_engine, nvme.probe_seconds_max, nvme.io_threads)

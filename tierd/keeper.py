@@ -1,8 +1,9 @@
-"""Keeps every space supplied with segments, within the tiers' bytes, and NVMe supplied with what was committed.
+"""Keeps every space supplied with segments, within the tiers' bytes, and lower tiers supplied with what was committed.
 
 - A space grows ahead of need, off the loop, while its tier has bytes left; a request waits only for the first segment.
 - When a tier is full, a space lives inside its own segments. One that has none is given the coldest segment of another space,
   and one whose own coldest block is warmer than that segment takes it over in the background.
+- Pages that an engine holds are not waited for: of the gpu tier only segments that nobody uses change hands.
 - A memory segment changes hands by dying: its blocks leave the index, its last user lets go, every client that maps it
   answers `detach` (or dies), and only then its bytes are free for a new one.
 """
@@ -17,7 +18,8 @@ from itertools import count
 from typing import Any
 
 from tierd import clock
-from tierd.core.plan import LOWER, UPPER, WRITE_BACK, Transfer
+from tierd.core.ladder import PAGED
+from tierd.core.plan import WRITE_BACK, Transfer
 from tierd.errors import Busy, TierdError
 from tierd.log import get_logger
 from tierd.mover import Mover
@@ -28,9 +30,9 @@ log = get_logger("keeper")
 WRITE_BACK_BYTES = 32 << 20
 """Size of one write-back transfer."""
 WRITE_BACKS_MAX = 4
-"""Write-back transfers under way at a time."""
+"""Write-back transfers under way to a tier at a time."""
 WRITE_BACK_SHARE = 0.25
-"""Of a space's memory that write-backs may pin: a store that evicts the rest never waits for the disk."""
+"""Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them."""
 POLL_SECONDS = 0.005
 SYNC_POLL_SECONDS = 0.1
 """A sync looks again at least this often: growth and pauses end without a transfer."""
@@ -54,6 +56,8 @@ class Keeper:
         self.forgotten: Counter[tuple[str, ...]] = Counter()
         """Counters of namespaces that were forgotten, so that no sum ever goes down."""
         self._failures: Counter[str] = Counter()
+        self._writing: Counter[str] = Counter()
+        """Write-backs under way, by the tier that they go to."""
         self._paused_until = [0.0 for _ in tiers]
         self._handing: list[asyncio.Task[bool] | None] = [None for _ in tiers]
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -64,24 +68,31 @@ class Keeper:
 
     def pump(self, space: Space) -> None:
         """Start what the cache of a space has decided, and as much write-back as fits under way."""
-        cache = space.cache
-        while cache.planned:
-            self.mover.submit(space, cache.planned.pop(0))
-        lower = space.lower
-        if lower is None or self._closing or self._is_paused(LOWER):
-            return
-        share = int(space.upper.pool.slots * WRITE_BACK_SHARE / WRITE_BACKS_MAX)
-        blocks = max(1, min(128, WRITE_BACK_BYTES // lower.geometry.slot_bytes, share))
-        while cache.write_back.queue and self.mover.in_flight[WRITE_BACK] < WRITE_BACKS_MAX:
-            if lower.pool.free < blocks:
-                if self.can_grow(lower):
-                    self._background(self._grow_and_pump(space, lower))
+        self._submit(space)
+        for tier in space.cache.write_back.queues:
+            if not self._closing and not self._is_paused(tier):
+                self._write_back(space, tier)
+
+    def _write_back(self, space: Space, tier: int) -> None:
+        cache, arena = space.cache, space.arenas[tier]
+        share = int(sum(above.pool.slots for above in space.arenas[:tier]) * WRITE_BACK_SHARE / WRITE_BACKS_MAX)
+        blocks = max(1, min(128, WRITE_BACK_BYTES // arena.geometry.slot_bytes, share))
+        while cache.write_back.queues[tier] and self._writing[arena.tier.name] < WRITE_BACKS_MAX:
+            if arena.pool.free < blocks:
+                if self.can_grow(arena):
+                    self._background(self._grow_and_pump(space, arena))
                     return
-                self._rebalance(space, LOWER)
-            if not lower.segments or not cache.plan_write_back(blocks):
+                self._rebalance(space, tier)
+            if not cache.plan_write_back(tier, blocks):
                 return
-            while cache.planned:
-                self.mover.submit(space, cache.planned.pop(0))
+            self._submit(space)
+
+    def _submit(self, space: Space) -> None:
+        planned = space.cache.planned
+        while planned:
+            transfer = planned.pop(0)
+            self._writing[transfer.target] += transfer.reason == WRITE_BACK
+            self.mover.submit(space, transfer)
 
     async def _grow_and_pump(self, space: Space, arena: Arena) -> None:
         await self.grow(space, arena)
@@ -90,6 +101,7 @@ class Keeper:
     def _moved(self, space: Space, transfer: Transfer) -> None:
         self._progress.set()
         if transfer.reason == WRITE_BACK:
+            self._writing[transfer.target] -= 1
             space.turn = next(self._turns)
             for other in sorted(self.spaces.values(), key=lambda other: other.turn):  # who was served last waits longest
                 self.pump(other)
@@ -98,8 +110,8 @@ class Keeper:
 
     def unwritten(self) -> int:
         """Write-backs that are queued or under way."""
-        queued = sum(len(space.cache.write_back.queue) for space in self.spaces.values() if space.lower)
-        return queued + self.mover.in_flight[WRITE_BACK]
+        queues = [queue for space in self.spaces.values() for queue in space.cache.write_back.queues.values()]
+        return sum(map(len, queues)) + self.mover.in_flight[WRITE_BACK]
 
     async def sync(self, deadline: float) -> None:
         """Wait until all that was admitted is on NVMe; raises Busy at the deadline (monotonic seconds)."""
@@ -131,8 +143,9 @@ class Keeper:
 
     async def _create(self, space: Space, arena: Arena) -> bool:
         """Make a segment whose bytes are reserved."""
+        ordinal = arena.pool.next_ordinal
         try:
-            segment = await asyncio.to_thread(arena.tier.create, space.namespace)
+            segment = await asyncio.to_thread(arena.tier.create, space.namespace, ordinal)
         except TierdError as error:
             arena.tier.budget.release(arena.geometry.total_bytes)
             self._paused_until[self.tiers.index(arena.tier)] = clock.monotonic_seconds() + PAUSE_SECONDS
@@ -143,27 +156,29 @@ class Keeper:
             raise
         finally:
             arena.growing = None
-        arena.add(segment, clock.unix_milliseconds())
+        arena.add(segment, clock.unix_milliseconds(), ordinal)
         return True
 
-    async def supply(self, space: Space, wanted: int) -> None:
-        """See that a store of `wanted` blocks finds slots: grow while possible, else take a first segment from another."""
-        arena = space.upper
+    async def supply(self, space: Space, tier: int, wanted: int) -> None:
+        """See that `wanted` blocks find slots in a mapped tier: grow while possible, else take a first segment from another
+        namespace.
+        """
+        arena = space.arenas[tier]
         while arena.pool.free < wanted and self.can_grow(arena):
             if not await self.grow(space, arena):
                 break
         if not arena.pool.slots:
-            await self._take_over(space, UPPER)
+            await self._take_over(space, tier)
 
-    def supply_ahead(self, space: Space) -> None:
+    def supply_ahead(self, space: Space, tier: int) -> None:
         """After hello and store: grow before the next store needs it; who has stored may take over colder memory."""
-        arena = space.upper
+        arena = space.arenas[tier]
         if arena.pool.free < arena.pool.slots_per_segment // 2:
             if self.can_grow(arena):
                 if arena.growing is None:
                     self._background(self.grow(space, arena))
             elif arena.segments:
-                self._rebalance(space, UPPER)
+                self._rebalance(space, tier)
 
     def _is_paused(self, tier: int) -> bool:
         return clock.monotonic_seconds() < self._paused_until[tier]
@@ -197,7 +212,8 @@ class Keeper:
             if space is taker or (not need and space.sessions and len(pool.segments) <= 1):
                 continue
             for ordinal, last_use in pool.last_use.items():
-                if ordinal not in pool.closing and (best is None or last_use < best[0]):
+                held = self.tiers[tier].name == PAGED and not pool.is_idle(ordinal)
+                if ordinal not in pool.closing and not held and (best is None or last_use < best[0]):
                     best = (last_use, space, ordinal)
         if best is None or (not need and best[0] >= taker.coldest(tier)):
             return None
@@ -222,18 +238,18 @@ class Keeper:
         space.cache.vacate(tier, ordinal)
         while not arena.pool.is_idle(ordinal):
             await asyncio.sleep(POLL_SECONDS)
-        if tier == UPPER:
-            await self._unmap(space, ordinal)
+        if tier in space.cache.ladder.mapped:
+            await self._unmap(space, arena, ordinal)
         segment = arena.remove(ordinal)
         await asyncio.to_thread(arena.tier.discard, segment)
-        if tier == LOWER:
+        if arena is space.lower:
             self._failures.update(segment.failures)
         arena.tier.budget.release(arena.geometry.total_bytes)
 
-    async def _unmap(self, space: Space, ordinal: int) -> None:
+    async def _unmap(self, space: Space, arena: Arena, ordinal: int) -> None:
         """Have every client unmap a segment; a client that does not answer keeps it until its process is gone."""
-        segment_id = space.upper.segments[ordinal].segment_id
-        entry = {"tier": "cpu", "ordinal": ordinal, "segment": segment_id}
+        segment_id = arena.segments[ordinal].segment_id
+        entry = {"tier": arena.tier.name, "ordinal": ordinal, "segment": segment_id}
         while mappers := space.mappers(segment_id):
             for session in mappers:
                 if session.events is not None and segment_id not in session.waiting_detach:

@@ -26,19 +26,20 @@ _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _FAILED = ctypes.c_void_p(-1).value
-_FIXED = 0x10
+FIXED, NORESERVE = 0x10, 0x4000
+"""Flags of mmap that Python has no names for."""
 
 
 def map_shared(descriptor: int, size: int, writable: bool = True) -> int:
     """The address of a new shared mapping; from the size of a huge page on it is a multiple of one. Raises OSError."""
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     if size < HUGE_PAGE_BYTES:
-        return _map(0, size, protection, mmap.MAP_SHARED, descriptor)
-    reserved = _map(0, size + HUGE_PAGE_BYTES, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        return map_at(0, size, protection, mmap.MAP_SHARED, descriptor)
+    reserved = map_at(0, size + HUGE_PAGE_BYTES, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     address = -(-reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     end = address + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     try:
-        _map(address, size, protection, mmap.MAP_SHARED | _FIXED, descriptor)
+        map_at(address, size, protection, mmap.MAP_SHARED | FIXED, descriptor)
     except OSError:
         unmap(reserved, size + HUGE_PAGE_BYTES)
         raise
@@ -71,7 +72,8 @@ def shared_array(descriptor: int, size: int) -> NDArray[np.uint8]:
     return np.frombuffer(memoryview(memory), np.uint8)
 
 
-def _map(address: int, size: int, protection: int, flags: int, descriptor: int) -> int:
+def map_at(address: int, size: int, protection: int, flags: int, descriptor: int = -1) -> int:
+    """mmap: the address of a new mapping, anywhere for 0, or at `address` with FIXED in `flags`. Raises OSError."""
     found = _LIBC.mmap(address, size, protection, flags, descriptor, 0)
     if found is None or found == _FAILED:
         code = ctypes.get_errno()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import combinations, permutations
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
@@ -16,12 +17,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from tierd import __version__
-from tierd.core.plan import REASONS, TIERS, WRITE_BACK
+from tierd.core.ladder import CLOSED, TIERS
+from tierd.core.plan import REASONS, TURN_ENDS, WRITE_BACK
 from tierd.keeper import Keeper
 from tierd.space import Space
 
 REQUEST_BUCKETS = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0, 10.0)
-LOOKUP_TIERS = ("gpu", "cpu", "nvme", "remote", "pending", "miss")
+LOOKUP_TIERS = (*TIERS, "remote", "pending", "miss")
 EVICTIONS = ("clean", "drop")
 FAILURES = ("io_error", "mismatch")
 Sample = tuple[tuple[str, ...], float]
@@ -72,6 +74,7 @@ class Metrics(Collector):
         evicted = [((tier, kind), counters["evicted", tier, kind]) for tier in tiers for kind in EVICTIONS]
         failed = [((kind, reason), counters["failed", kind, reason]) for kind in FAILURES for reason in REASONS]
         events = [(name, number) for name, number in counters.items() if len(name) == 1]
+        turns = [((turn,), counters["turn", turn]) for turn in TURN_ENDS]
         yield counter("tierd_lookup_blocks", "Blocks asked for by lookups, by where they were.", ["tier"], lookups)
         text = "Blocks evicted: clean where another tier has them, drop where none has."
         yield counter("tierd_evicted_blocks", text, ["tier", "kind"], evicted)
@@ -79,13 +82,17 @@ class Metrics(Collector):
         wrong = sum(number for (kind, _), number in failed if kind == "mismatch")
         text = "Blocks whose bytes were not those that were written."
         yield counter("tierd_checksum_failures", text, [], [((), wrong)])
+        yield counter("tierd_turns", "Turns whose pages were let go of, by why they ended.", ["turn"], turns)
         yield counter("tierd_events", "Decisions worth watching, by name.", ["event"], events)
 
     def _moved(self) -> Iterable[Metric]:
         """What the io threads did and do."""
         mover, path = self._keeper.mover, self._io[1]
-        ways = [(reason, *(TIERS if reason == WRITE_BACK else TIERS[::-1])) for reason in REASONS]
-        moved = [((*way, path), mover.moved[way]) for way in ways]
+        names = [tier.name for tier in self._keeper.tiers]
+        down = [(WRITE_BACK, *way) for way in combinations(names, 2)]
+        ways = [(reason, *way) for reason in REASONS if reason != WRITE_BACK for way in permutations(names, 2)]
+        ways = down + [way for way in ways if way[2] != CLOSED]
+        moved = [((*way, path if CLOSED in way else "memory"), mover.moved[way]) for way in ways]
         seconds = [((reason,), mover.seconds.get(reason, 0.0)) for reason in REASONS]
         flying = [((reason,), mover.in_flight[reason]) for reason in REASONS]
         text = "Payload bytes that have arrived in another tier."

@@ -1,8 +1,9 @@
 """Moves blocks between tiers, in worker threads: demand loads before prefetches before write-back.
 
 A transfer is cut into parts, one list of blocks per thread, so that every thread keeps the medium busy with one list and
-nobody pays for a future per block. Who copies: the medium's DMA engine, straight between the slots of the memory segment
-and the file; the daemon only digests what passes. A transfer that was submitted always ends in `Space.finish`, whatever
+nobody pays for a future per block. Who copies: between memory and file the medium's DMA engine, straight from or to the
+slots of the memory segment (the daemon only digests what passes); between two tiers in memory the io threads, by
+`np.copyto`, which releases the GIL. A transfer that was submitted always ends in `Space.finish`, whatever
 happens to those who wait for it.
 """
 
@@ -21,10 +22,13 @@ from numpy.typing import NDArray
 from tierd import clock
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, REASONS, WRITE_BACK, Transfer
 from tierd.log import get_logger
-from tierd.space import Space
+from tierd.space import Arena, Space
 from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK
+from tierd.tiers.segment import Medium
 
 log = get_logger("mover")
+Slots = NDArray[np.int32]
+Payload = NDArray[np.uint8]
 OUTCOME = np.zeros(3, np.uint8)
 OUTCOME[[READ_OK, READ_FAILED, READ_DAMAGED]] = OK, IO_ERROR, MISMATCH
 
@@ -59,9 +63,9 @@ class Mover:
         """Start a transfer; on the loop only."""
         self.in_flight[transfer.reason] += 1
         job = _Job(space, transfer)
-        share = PART_BYTES_MIN if transfer.reason == WRITE_BACK else 1
-        parts_max = max(1, len(transfer) * space.upper.geometry.payload_bytes // share)
-        parts = np.array_split(np.arange(len(transfer)), min(self.threads, len(transfer), parts_max))
+        blocks_min = PART_BYTES_MIN // space.namespace.layout.block_bytes if transfer.reason == WRITE_BACK else 1
+        parts_max = max(1, len(transfer) // max(1, blocks_min))
+        parts = np.array_split(np.arange(len(transfer)), min(self.threads, parts_max))
         job.parts = len(parts)
         for part in parts:
             heapq.heappush(self._queue, (REASONS.index(transfer.reason), next(self._order), job, part))
@@ -100,7 +104,7 @@ class Mover:
         transfer = job.transfer
         job.outcome[part] = outcome
         job.parts -= 1
-        moved = int((outcome == OK).sum()) * job.space.upper.geometry.payload_bytes
+        moved = int((outcome == OK).sum()) * job.space.namespace.layout.block_bytes
         self.moved[transfer.reason, transfer.source, transfer.target] += moved
         if not job.parts:
             self.in_flight[transfer.reason] -= 1
@@ -121,23 +125,41 @@ class _Job:
 
     def run(self, part: NDArray[np.intp]) -> NDArray[np.uint8]:
         """Move some of the blocks; in a worker thread."""
-        transfer, upper, lower = self.transfer, self.space.upper, self.space.lower
-        assert lower is not None
-        writing = transfer.reason == WRITE_BACK
-        above = (transfer.source_slots if writing else transfer.target_slots)[part]
-        below = (transfer.target_slots if writing else transfer.source_slots)[part]
-        payloads = upper.payloads(above)
-        outcome = np.full(len(part), IO_ERROR, np.uint8)
-        for ordinal, local, where in lower.pool.by_segment(below):
-            segment = lower.segments[ordinal]
-            chosen = np.arange(len(part))[where]
-            memory = [payloads[at] for at in chosen.tolist()]
-            if writing:
-                hashes, parents = _pick(transfer.hashes, part[chosen]), _pick(transfer.parents, part[chosen])
-                outcome[chosen] = np.where(segment.write(local, memory, hashes, parents), OK, IO_ERROR)
-            else:
-                outcome[chosen] = OUTCOME[segment.read(local, memory)]
-        return outcome
+        transfer = self.transfer
+        source, target = self.space.arena(transfer.source), self.space.arena(transfer.target)
+        sources, targets = transfer.source_slots[part], transfer.target_slots[part]
+        match source.tier.medium, target.tier.medium:
+            case Medium.MEMORY, Medium.FILE:
+                hashes, parents = _pick(transfer.hashes, part), _pick(transfer.parents, part)
+                return _write(target, targets, source.payloads(sources), hashes, parents)
+            case Medium.FILE, Medium.MEMORY:
+                return _read(source, sources, target.payloads(targets))
+            case _:
+                return _copy(source.payloads(sources), target.payloads(targets))
+
+
+def _write(arena: Arena, slots: Slots, payloads: list[Payload], hashes: bytes, parents: bytes) -> NDArray[np.uint8]:
+    outcome = np.full(len(slots), IO_ERROR, np.uint8)
+    for ordinal, local, where in arena.pool.by_segment(slots):
+        chosen = np.arange(len(slots))[where]
+        memory = [payloads[at] for at in chosen.tolist()]
+        written = arena.segments[ordinal].write(local, memory, _pick(hashes, chosen), _pick(parents, chosen))
+        outcome[chosen] = np.where(written, OK, IO_ERROR)
+    return outcome
+
+
+def _read(arena: Arena, slots: Slots, payloads: list[Payload]) -> NDArray[np.uint8]:
+    outcome = np.full(len(slots), IO_ERROR, np.uint8)
+    for ordinal, local, where in arena.pool.by_segment(slots):
+        chosen = np.arange(len(slots))[where]
+        outcome[chosen] = OUTCOME[arena.segments[ordinal].read(local, [payloads[at] for at in chosen.tolist()])]
+    return outcome
+
+
+def _copy(sources: list[Payload], targets: list[Payload]) -> NDArray[np.uint8]:
+    for source, target in zip(sources, targets, strict=True):
+        np.copyto(target, source)
+    return np.full(len(sources), OK, np.uint8)
 
 
 def _pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:

@@ -1,8 +1,4 @@
-"""What each verb does: from a checked message to its reply. Each method reads like the story of its verb.
-
-The cache decides, the keeper finds room and moves; here is only who asks, what may be asked, and what is told. A verb that
-never waits answers at once; one that may wait (store, load) is a coroutine then, which the server gives a deadline.
-"""
+"""Who asks: connections and their sessions, from hello to the end of a process. What verbs about blocks do is in `verbs`."""
 
 from __future__ import annotations
 
@@ -13,23 +9,22 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tierd import __version__, clock, systemd
 from tierd.adopt import living_pid
-from tierd.block import HASH_BYTES
 from tierd.config import Config
-from tierd.core.plan import Wait
 from tierd.errors import Busy, Closed, Gone, Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.layout import Layout, Namespace
 from tierd.log import get_logger
 from tierd.metrics import Metrics
 from tierd.server import Connection
-from tierd.space import Attached, Slots, Space
-from tierd.wire.messages import PROTOCOL_VERSION, SEGMENTS_PER_PUSH_MAX, Request, pack_slots, unpack_held
+from tierd.space import Attached, Slots, Space, give_segments
+from tierd.verbs import BY_NAME, Answer, Reply, Verbs
+from tierd.wire.messages import PROTOCOL_VERSION, WRITING, Request, unpack_held
 
 log = get_logger("service")
-Reply = dict[str, Any] | None
 
 
 class Service:
@@ -39,7 +34,8 @@ class Service:
         self._config, self._keeper, self._metrics, self._space_of = config, keeper, metrics, space_of
         self._incarnation = os.urandom(16)
         self._draining = False
-        self._seconds = {verb: metrics.requests.labels(verb) for verb in (*_OPENING, *_VERBS)}
+        self._verbs = Verbs(config.limits, keeper)
+        self._seconds = {verb: metrics.requests.labels(verb) for verb in (*_OPENING, *_SESSION, *BY_NAME)}
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -55,22 +51,23 @@ class Service:
             if session.events is connection:
                 session.events = None
 
-    def request(self, connection: Connection, request: Request) -> Reply | Awaitable[Reply]:
+    def request(self, connection: Connection, request: Request) -> Answer:
         """Answer one checked request."""
         started = clock.monotonic_seconds()
         verb = request.verb
         session: Attached | None = connection.state
         try:
-            if self._draining and verb in ("hello", "store", "prefetch"):
+            if self._draining and verb in ("hello", "store", "reserve", "prefetch"):
                 raise Closed("the daemon is stopping: go on without it")
             if verb in _OPENING:
-                answer: Reply | Awaitable[Reply] = _OPENING[verb](self, connection, request)
+                answer: Answer = _OPENING[verb](self, connection, request)
             elif session is None:
                 raise Gone("the session of this connection has ended: open another one")
             elif (connection is session.events) != (verb == "detached"):
                 raise Invalid("an event channel takes 'detached' and nothing else does")
             else:
-                answer = _VERBS[verb](self, session, request)
+                own = _SESSION.get(verb)
+                answer = own(self, session, request) if own else BY_NAME[verb](self._verbs, session, request)
         except TierdError as error:
             self._metrics.errors[verb, error.code] += 1
             raise
@@ -98,11 +95,12 @@ class Service:
         namespace = self._namespace(connection, arguments)
         self._check_namespace_limit(namespace)
         space = self._space_of(namespace)
-        self._keeper.supply_ahead(space)
-        peer = connection.peer
+        tier = _tier(space, arguments["tier"] or "cpu")
+        self._keeper.supply_ahead(space, tier)
+        peer, most = connection.peer, self._config.limits.sessions_per_namespace_max
         pidfd = os.dup(peer.pidfd)
         try:
-            session = space.attach(pidfd, peer.pid, arguments["client"], self._config.limits.sessions_per_namespace_max)
+            session = space.attach(pidfd, peer.pid, arguments["client"], tier, most)
         except Busy:
             os.close(pidfd)
             raise
@@ -122,15 +120,15 @@ class Service:
             raise Gone("this session is not known: say hello")
         if connection.peer.pid != session.pid or not living_pid(session.pidfd):
             raise Invalid("resume: a session can be resumed only by the process that opened it")
-        held = self._held_slots(session, arguments["held"])
-        lease = space.cache.resume(session.id, held)  # refuses what cannot be, before anything has changed
+        held, writing = _held_slots(session, arguments["held"])
+        lease = space.cache.resume(session.id, held, writing)  # refuses what cannot be, before anything has changed
         if session.connection is not None:
             session.connection.close("the session was resumed on another connection")
-        closing = space.upper.pool.closing  # not given again, and to be unmapped yet
+        closing = session.arena.pool.closing  # not given again, and to be unmapped yet
         session.known = {ordinal: name for ordinal, name in session.known.items() if ordinal in closing}
         session.name = arguments["client"] or session.name
         self._join(session, connection)
-        self._give_segments(session, [o for o in space.upper.segments if o not in space.upper.pool.closing])
+        give_segments(session, [ordinal for ordinal in session.arena.segments if ordinal not in closing])
         return self._welcome(session) | {"lease": lease}
 
     def events(self, connection: Connection, arguments: Request) -> Reply:
@@ -215,16 +213,16 @@ class Service:
         return Namespace(domain, arguments["model"], layout)
 
     def _welcome(self, session: Attached) -> dict[str, Any]:
-        limits, space = self._config.limits, session.space
+        limits, geometry = self._config.limits, session.arena.geometry
         return {
             "version": PROTOCOL_VERSION,
             "session": session.id,
             "token": session.token,
             "incarnation": self._incarnation,
-            "namespace": space.namespace.id,
-            "block_bytes": space.upper.geometry.payload_bytes,
-            "slot_bytes": space.upper.geometry.slot_bytes,
-            "slots_per_segment": space.upper.geometry.slot_count,
+            "namespace": session.space.namespace.id,
+            "block_bytes": geometry.payload_bytes,
+            "slot_bytes": geometry.slot_bytes,
+            "slots_per_segment": geometry.slot_count,
             "limits": {
                 "frame_bytes_max": limits.frame_bytes_max,
                 "blocks_per_request_max": limits.blocks_per_request_max,
@@ -233,191 +231,6 @@ class Service:
             },
         }
 
-    def _held_slots(self, session: Attached, held: bytes) -> Slots:
-        ordinals = {segment.segment_id: ordinal for ordinal, segment in session.space.upper.segments.items()}
-        pool = session.space.upper.pool
-        slots = []
-        for segment, index, _ in unpack_held(held):
-            ordinal = ordinals.get(segment)
-            if ordinal is not None:  # of a segment that is gone nothing can be reused under the client
-                if index >= pool.slots_per_segment:
-                    raise Invalid(f"resume: slot {index} is not in a segment of {pool.slots_per_segment} slots")
-                slots.append(ordinal * pool.slots_per_segment + index)
-        return np.array(slots, np.int32)
-
-    # -- blocks -------------------------------------------------------------------------------------------------------
-
-    def lookup(self, session: Attached, arguments: Request) -> Reply | Awaitable[Reply]:
-        """Lease the longest prefix, and name the slots of what can be read at once."""
-        self._check_lease_limit(session)
-        hashes = self._hashes(arguments)
-        if not session.space.upper.pool.slots and session.space.cache.index.blocks:
-            return self._lookup_later(session, hashes, arguments["parent"])
-        return self._find_prefix(session, hashes, arguments["parent"])
-
-    async def _lookup_later(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
-        """All blocks are below, and the first segment to bring them up to is still being made."""
-        with suppress(Busy):
-            await self._keeper.supply(session.space, 1)
-        self._check_attached(session)
-        return self._find_prefix(session, hashes, parent)
-
-    def _find_prefix(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
-        cache = session.space.cache
-        found = cache.lookup(session.id, hashes, parent, clock.unix_milliseconds())
-        if cache.planned:
-            self._keeper.pump(session.space)
-            self._keeper.supply_ahead(session.space)
-        self._introduce(session, found.slots)
-        return {
-            "lease": found.lease,
-            "blocks": found.blocks,
-            "told": found.told,
-            "slots": pack_slots(found.slots),
-            "tiers": found.tiers,
-        }
-
-    def load(self, session: Attached, arguments: Request) -> Reply | Awaitable[Reply]:
-        """Name the slots of blocks that have to be brought up first."""
-        first, count = arguments["first"], arguments["count"]
-        upper = session.space.upper
-        if upper.pool.free < count and self._keeper.can_grow(upper):
-            return self._load_later(session, arguments["lease"], first, count, None)
-        answer = self._try_load(session, arguments["lease"], first, count)
-        return answer if isinstance(answer, dict) else self._load_later(session, arguments["lease"], first, count, answer)
-
-    async def _load_later(self, session: Attached, lease: int, first: int, count: int, wait: Wait | None) -> Reply:
-        """Grow rather than evict, then wait for the transfers that bring the blocks."""
-        if wait is None:
-            await self._keeper.supply(session.space, count)
-        while True:
-            if wait is not None:
-                await self._ended(session.space, wait)
-            self._check_attached(session)
-            answer = self._try_load(session, lease, first, count)
-            if isinstance(answer, dict):
-                return answer
-            wait = answer
-
-    async def _ended(self, space: Space, wait: Wait) -> None:
-        """Until one of the transfers has ended."""
-        ended = [asyncio.ensure_future(space.ended(transfer).wait()) for transfer in wait.transfers]
-        try:
-            await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in ended:
-                task.cancel()
-
-    def _check_attached(self, session: Attached) -> None:
-        if session.id not in session.space.sessions:
-            raise Gone("the session has ended")
-
-    def _try_load(self, session: Attached, lease: int, first: int, count: int) -> dict[str, Any] | Wait:
-        cache = session.space.cache
-        slots = cache.load(session.id, lease, first, count, clock.unix_milliseconds())
-        if cache.planned:
-            self._keeper.pump(session.space)
-        if isinstance(slots, Wait):
-            return slots
-        self._introduce(session, slots)
-        return {"first": first, "count": len(slots), "slots": pack_slots(slots)}
-
-    def release(self, session: Attached, arguments: Request) -> Reply:
-        """End a lease, or a part of it."""
-        session.space.cache.release(session.id, arguments["lease"], arguments["first"] or 0, arguments["count"])
-        return {}
-
-    def store(self, session: Attached, arguments: Request) -> Reply | Awaitable[Reply]:
-        """Name slots for what is new; waits only while the namespace grows."""
-        self._check_lease_limit(session)
-        hashes = self._hashes(arguments)
-        parent = arguments["parent"]
-        pool = session.space.upper.pool
-        if pool.free < len(hashes) // HASH_BYTES and (self._keeper.can_grow(session.space.upper) or not pool.slots):
-            return self._store_later(session, hashes, parent)
-        return self._place(session, hashes, parent)
-
-    async def _store_later(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
-        await self._keeper.supply(session.space, len(hashes) // HASH_BYTES)
-        self._check_attached(session)
-        return self._place(session, hashes, parent)
-
-    def _place(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
-        placed = session.space.cache.store(session.id, hashes, parent, clock.unix_milliseconds())
-        self._introduce(session, placed.slots[placed.slots >= 0])
-        self._keeper.supply_ahead(session.space)
-        return {"lease": placed.lease, "slots": pack_slots(placed.slots)}
-
-    def commit(self, session: Attached, arguments: Request) -> Reply:
-        """Make written blocks visible, and start to write them back."""
-        cache = session.space.cache
-        done = cache.commit(session.id, arguments["lease"], arguments["count"], clock.unix_milliseconds())
-        asyncio.get_running_loop().call_soon(self._keeper.pump, session.space)
-        return {"committed": done.committed, "dropped": done.dropped}
-
-    def abort(self, session: Attached, arguments: Request) -> Reply:
-        """Give the slots of a store back."""
-        session.space.cache.abort(session.id, arguments["lease"])
-        return {}
-
-    def prefetch(self, session: Attached, arguments: Request) -> Reply:
-        """Start to bring a prefix up."""
-        cache = session.space.cache
-        hashes = self._hashes(arguments)
-        blocks = cache.prefetch(hashes, arguments["parent"], clock.unix_milliseconds())
-        self._keeper.pump(session.space)
-        return {"blocks": blocks}
-
-    def stats(self, session: Attached, arguments: Request) -> Reply:
-        """Counters of the session's namespace."""
-        space = session.space
-        return {
-            "counters": {".".join(name): number for name, number in space.cache.counters.items()},
-            "slots": {arena.tier.name: arena.pool.counts() for arena in space.arenas},
-            "blocks": space.cache.index.blocks,
-        }
-
-    def _hashes(self, arguments: Request) -> bytes:
-        hashes: bytes = arguments["hashes"]
-        if len(hashes) // HASH_BYTES > self._config.limits.blocks_per_request_max:
-            most = self._config.limits.blocks_per_request_max
-            raise Invalid(f"{len(hashes) // HASH_BYTES} blocks in a request, the maximum is {most}: ask in parts")
-        return hashes
-
-    def _check_lease_limit(self, session: Attached) -> None:
-        leases = len(session.space.cache.sessions[session.id].leases)
-        if leases >= self._config.limits.leases_per_session_max:
-            raise Busy(f"the session holds its maximum of {leases} leases: release some")
-
-    def _introduce(self, session: Attached, slots: Slots) -> None:
-        """Send the segments of these slots that the client does not know yet, before it is told the slots."""
-        if unknown := session.space.unknown(session, slots):
-            self._give_segments(session, unknown)
-
-    def _give_segments(self, session: Attached, ordinals: list[int]) -> None:
-        for at in range(0, len(ordinals), SEGMENTS_PER_PUSH_MAX):
-            batch = ordinals[at : at + SEGMENTS_PER_PUSH_MAX]
-            entries, descriptors = [], []
-            for ordinal in batch:
-                segment = session.space.upper.segments[ordinal]
-                shape = segment.header.geometry
-                session.known[ordinal] = segment.segment_id
-                descriptors += [segment.readonly_directory_fd(), os.dup(segment.slots_fd)]
-                entries.append(
-                    {
-                        "tier": "cpu",
-                        "ordinal": ordinal,
-                        "segment": segment.segment_id,
-                        "slots": shape.slot_count,
-                        "slot_bytes": shape.slot_bytes,
-                        "directory_bytes": shape.directory_bytes,
-                        "slots_bytes": shape.slots_bytes,
-                    }
-                )
-            session.connection.send({"id": 0, "push": "attach", "segments": entries}, descriptors)
-            for descriptor in descriptors:
-                os.close(descriptor)
-
     # -- drain --------------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
@@ -425,20 +238,33 @@ class Service:
         self._draining = True
 
 
+def _tier(space: Space, name: str) -> int:
+    """The place of the tier in memory that a client asks to live in."""
+    names = [arena.tier.name for arena in space.mapped]
+    if name not in names:
+        remedy = "set gpu.bytes, or use cpu" if name == "gpu" else f"it is one of {', '.join(names)}"
+        raise Invalid(f"hello: this daemon has no {name!r:.64} tier in memory: {remedy}")
+    return names.index(name)
+
+
+def _held_slots(session: Attached, held: bytes) -> tuple[Slots, NDArray[np.bool_]]:
+    """Slot numbers of held records, and which of them are written to."""
+    arena = session.arena
+    ordinals = {segment.segment_id: ordinal for ordinal, segment in arena.segments.items()}
+    slots, writing = [], []
+    for segment, index, kind in unpack_held(held):
+        ordinal = ordinals.get(segment)
+        if ordinal is not None:  # of a segment that is gone nothing can be reused under the client
+            if index >= arena.pool.slots_per_segment:
+                raise Invalid(f"resume: slot {index} is not in a segment of {arena.pool.slots_per_segment} slots")
+            slots.append(ordinal * arena.pool.slots_per_segment + index)
+            writing.append(kind == WRITING)
+    return np.array(slots, np.int32), np.array(writing, np.bool_)
+
+
 _OPENING: dict[str, Callable[[Service, Connection, Request], Reply]] = {
     "hello": Service.hello,
     "resume": Service.resume,
     "events": Service.events,
 }
-_VERBS: dict[str, Callable[[Service, Attached, Request], Reply | Awaitable[Reply]]] = {
-    "lookup": Service.lookup,
-    "load": Service.load,
-    "release": Service.release,
-    "store": Service.store,
-    "commit": Service.commit,
-    "abort": Service.abort,
-    "prefetch": Service.prefetch,
-    "stats": Service.stats,
-    "detached": Service.detached,
-    "bye": Service.bye,
-}
+_SESSION: dict[str, Callable[[Service, Attached, Request], Reply]] = {"detached": Service.detached, "bye": Service.bye}

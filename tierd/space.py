@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.core.cache import Cache
-from tierd.core.plan import LOWER, UPPER, Transfer
+from tierd.core.plan import Transfer
 from tierd.core.pool import Pool
 from tierd.errors import Busy
 from tierd.layout import Namespace
 from tierd.tiers.host import HostSegment
 from tierd.tiers.nvme import FileSegment
 from tierd.tiers.tier import Tier
+from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
 
 Slots = NDArray[np.int32]
 BITS = 64
@@ -37,10 +38,10 @@ class Arena:
         self.segments: dict[int, Any] = {}
         self.growing: asyncio.Task[bool] | None = None
 
-    def add(self, segment: HostSegment | FileSegment, now: int) -> int:
-        """Enter a segment; returns its ordinal."""
+    def add(self, segment: HostSegment | FileSegment, now: int, ordinal: int | None = None) -> int:
+        """Enter a segment, under a certain ordinal if that is free; returns its ordinal."""
         directory: Any = segment.directory if isinstance(segment, HostSegment) else segment
-        ordinal = self.pool.add_segment(directory, now)
+        ordinal = self.pool.add_segment(directory, now, ordinal)
         self.segments[ordinal] = segment
         return ordinal
 
@@ -66,6 +67,7 @@ class Attached:
     pid: int
     name: str
     space: Space
+    tier: int
     connection: Any = None
     events: Any = None
     known: dict[int, bytes] = field(default_factory=dict)
@@ -73,9 +75,15 @@ class Attached:
     waiting_detach: set[bytes] = field(default_factory=set)
 
     @property
+    def arena(self) -> Arena:
+        """The segments of its tier."""
+        return self.space.arenas[self.tier]
+
+    @property
     def stored_name(self) -> str:
         """Under which name the service manager keeps the process's pidfd."""
-        return f"session-{self.space.namespace.id.hex()[:32]}-{self.bit}-{self.id:x}-{self.token.hex()}"
+        space = self.space.namespace.id.hex()[:32]
+        return f"session-{space}-{self.arena.tier.name}-{self.bit}-{self.id:x}-{self.token.hex()}"
 
 
 class Space:
@@ -84,9 +92,9 @@ class Space:
     def __init__(self, namespace: Namespace, tiers: list[Tier], window_share: float, write_back: bool) -> None:
         self.namespace = namespace
         self.arenas = [Arena(tier, namespace) for tier in tiers]
-        lower = self.arenas[LOWER].pool if len(tiers) > 1 else None
+        pools = {arena.tier.name: arena.pool for arena in self.arenas}
         seed = int.from_bytes(os.urandom(8), "little")
-        self.cache = Cache(self.arenas[UPPER].pool, lower, window_share=window_share, write_back=write_back, seed=seed)
+        self.cache = Cache(pools, window_share=window_share, write_back=write_back, seed=seed)
         self.sessions: dict[int, Attached] = {}
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""
@@ -96,38 +104,43 @@ class Space:
         return f"<Space {self.namespace.id.hex()[:8]}: {len(self.sessions)} sessions, {self.cache.index.blocks} blocks>"
 
     @property
-    def upper(self) -> Arena:
-        """The mapped tier's segments."""
-        return self.arenas[UPPER]
+    def mapped(self) -> list[Arena]:
+        """The segments in memory, by tier."""
+        return self.arenas[: self.cache.ladder.closed]
 
     @property
     def lower(self) -> Arena | None:
         """The nvme tier's segments."""
-        return self.arenas[LOWER] if len(self.arenas) > 1 else None
+        return next(iter(self.arenas[self.cache.ladder.closed :]), None)
 
-    def attach(self, pidfd: int, pid: int, name: str, sessions_max: int) -> Attached:
-        """A new session with a bit of its own; raises Busy when all bits are taken."""
+    def arena(self, name: str) -> Arena:
+        """The segments of one tier."""
+        return self.arenas[self.cache.ladder.place(name)]
+
+    def attach(self, pidfd: int, pid: int, name: str, tier: int, sessions_max: int) -> Attached:
+        """A new session of a mapped tier with a bit of its own; raises Busy when all bits are taken."""
         taken = {session.bit for session in self.sessions.values()}
         bit = next((at for at in range(min(BITS, sessions_max)) if at not in taken), None)
         if bit is None:
             raise Busy(f"namespace has its maximum of {len(taken)} sessions: close one, or share a client among threads")
-        session = Attached(int.from_bytes(os.urandom(7), "big"), os.urandom(16), bit, pidfd, pid, name, self)
+        session = Attached(int.from_bytes(os.urandom(7), "big"), os.urandom(16), bit, pidfd, pid, name, self, tier)
         self.sessions[session.id] = session
-        self.cache.open_session(session.id, bit)
+        self.cache.open_session(session.id, bit, tier)
         return session
 
     def detach(self, session: Attached) -> None:
         """The session has ended: free what it held, and its bit."""
         del self.sessions[session.id]
         self.cache.close_session(session.id)
-        for segment in self.upper.segments.values():
+        for segment in session.arena.segments.values():
             segment.directory.unhold_all(session.bit)
 
     def unknown(self, session: Attached, slots: Slots) -> list[int]:
         """Ordinals among these slots whose segments the session was not given yet."""
-        if len(session.known) == len(self.upper.segments) or not len(slots):
+        arena = session.arena
+        if len(session.known) == len(arena.segments) or not len(slots):
             return []
-        used = np.flatnonzero(np.bincount(slots // self.upper.pool.slots_per_segment))
+        used = np.flatnonzero(np.bincount(slots // arena.pool.slots_per_segment))
         return [ordinal for ordinal in used.tolist() if ordinal not in session.known]
 
     def ended(self, transfer: int) -> asyncio.Event:
@@ -152,3 +165,29 @@ class Space:
     def mappers(self, segment_id: bytes) -> Iterable[Attached]:
         """Sessions that were given a segment."""
         return [session for session in self.sessions.values() if segment_id in session.known.values()]
+
+
+def give_segments(session: Attached, ordinals: list[int]) -> None:
+    """Send segments of its tier, with their descriptors, to a connected session."""
+    for at in range(0, len(ordinals), SEGMENTS_PER_PUSH_MAX):
+        batch = ordinals[at : at + SEGMENTS_PER_PUSH_MAX]
+        entries, descriptors = [], []
+        for ordinal in batch:
+            segment = session.arena.segments[ordinal]
+            shape = segment.header.geometry
+            session.known[ordinal] = segment.segment_id
+            descriptors += [segment.readonly_directory_fd(), os.dup(segment.slots_fd)]
+            entries.append(
+                {
+                    "tier": session.arena.tier.name,
+                    "ordinal": ordinal,
+                    "segment": segment.segment_id,
+                    "slots": shape.slot_count,
+                    "slot_bytes": shape.slot_bytes,
+                    "directory_bytes": shape.directory_bytes,
+                    "slots_bytes": shape.slots_bytes,
+                }
+            )
+        session.connection.send({"id": 0, "push": "attach", "segments": entries}, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -69,6 +69,12 @@ def one_of(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
+def device(value: Any) -> str:
+    if value != "cpu":
+        raise ValueError('cannot be the gpu tier\'s memory, not yet: device = "cpu" only')
+    return "cpu"
+
+
 def boolean(value: Any) -> bool:
     text = str(value).lower() if isinstance(value, bool | str) else ""
     if text not in ("true", "false"):

@@ -5,27 +5,31 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.sim.clients import Client, chain
-from tests.sim.world import World
+from tests.sim.pages import PagedWorld
 from tierd.block import ROOT
-from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, TIERS, UPPER, Wait
+from tierd.core.plan import IO_ERROR, MISMATCH, OK, Hint, Wait
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 PICK = st.integers(0, 1 << 16)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Two tiers of a few slots, up to four clients, chains over an alphabet of three."""
+    """Up to three tiers of a few slots, up to four clients, chains over an alphabet of three."""
 
-    @initialize(upper=st.integers(1, 3), lower=st.integers(0, 4), share=st.sampled_from((0.1, 0.25, 1.0)))
-    def start(self, upper: int, lower: int, share: float) -> None:
-        """An empty cache with one client; sometimes without a lower tier."""
-        self.world = World(upper, lower, slots=4, window_share=share)
-        self.world.open()
+    @initialize(
+        gpu=st.integers(0, 2), upper=st.integers(1, 3), lower=st.integers(0, 4), share=st.sampled_from((0.1, 0.25, 1.0))
+    )
+    def start(self, gpu: int, upper: int, lower: int, share: float) -> None:
+        """An empty cache with one client; sometimes without nvme or without a gpu tier."""
+        self.world = PagedWorld(upper, lower, slots=4, window_share=share, gpu=gpu)
+        self.world.open(0)
 
     # -- who ----------------------------------------------------------------------------------------------------------
 
@@ -49,10 +53,10 @@ class CacheMachine(RuleBasedStateMachine):
         return leases[pick % len(leases)]
 
     @precondition(lambda self: len(self.world.clients) < 4)
-    @rule()
-    def open(self) -> None:
-        """One client more."""
-        self.world.open()
+    @rule(tier=st.integers(0, 1))
+    def open(self, tier: int) -> None:
+        """One client more, in any tier in memory."""
+        self.world.open(min(tier, self.world.closed - 1))
 
     @precondition(lambda self: self.world.clients)
     @rule(pick=PICK)
@@ -77,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
         """What was not released, at once or after waiting for the transfers that it needs."""
         client, lease = self.lease(pick, writing=False)
         held = self.world.cache.sessions[client.id].leases[lease]
-        released = (held.upper < 0) & (held.lower < 0)
+        released = held.slots.max(0) < 0
         if first >= held.blocks or released[first : first + count].any() or -lease in client.claims:
             return
         answer = self.world.load(client, lease, first, count)
@@ -96,10 +100,10 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             self.world.release(client, lease)
 
-    @rule(tokens=TOKENS)
-    def prefetch(self, tokens: list[int]) -> None:
+    @rule(tokens=TOKENS, tier=st.integers(0, 1))
+    def prefetch(self, tokens: list[int], tier: int) -> None:
         """Without a lease."""
-        self.world.prefetch(chain(tokens))
+        self.world.prefetch(chain(tokens), tier=min(tier, self.world.closed - 1))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -130,6 +134,45 @@ class CacheMachine(RuleBasedStateMachine):
         clients = list(self.world.clients.values())
         clients[pick % len(clients)].write()
 
+    # -- pages --------------------------------------------------------------------------------------------------------
+
+    def engines(self) -> list[Client]:
+        """The attached clients that have pages."""
+        there = [client for client in self.world.clients.values() if client.attached]
+        return [client for client in there if self.world.is_paged(client)]
+
+    @precondition(lambda self: self.engines())
+    @rule(pick=PICK, count=st.integers(1, 10))
+    def reserve(self, pick: int, count: int) -> None:
+        """Pages for what has no hashes yet."""
+        engines = self.engines()
+        self.world.reserve(engines[pick % len(engines)], count)
+
+    @precondition(lambda self: any(client.pages for client in self.engines()))
+    @rule(pick=PICK, tokens=TOKENS, skip=st.integers(0, 5), order=st.randoms(), answered=st.booleans())
+    def commit_pages(self, pick: int, tokens: list[int], skip: int, order: random.Random, answered: bool) -> None:
+        """Blocks of a chain in any order, known or not, behind a parent that is known or not; and again what got lost."""
+        engines = [client for client in self.engines() if client.pages]
+        client = engines[pick % len(engines)]
+        hashes = chain(tokens)
+        parents = [ROOT, *hashes[:-1]]
+        free = [place for place, page in client.pages.items() if not page.block]
+        naming = list(zip(free, parents[skip:], hashes[skip:], strict=False))
+        lost = [(place, page.block) for place, page in client.pages.items() if page.block and not page.named]
+        naming += [(place, self.world.parents[block], block) for place, block in lost]
+        order.shuffle(naming)
+        if naming:
+            self.world.commit_pages(client, naming, answered)
+
+    @precondition(lambda self: any(client.pages for client in self.engines()))
+    @rule(pick=PICK, count=st.integers(1, 8))
+    def release_pages(self, pick: int, count: int) -> None:
+        """Some pages, each as often as it is held."""
+        engines = [client for client in self.engines() if client.pages]
+        client = engines[pick % len(engines)]
+        held = [place for place, page in client.pages.items() for _ in range(page.times)]
+        self.world.release_pages(client, held[:count], Hint("stop", "c"))
+
     # -- moving -------------------------------------------------------------------------------------------------------
 
     @rule(blocks_max=st.integers(1, 8))
@@ -143,11 +186,13 @@ class CacheMachine(RuleBasedStateMachine):
         """Transfers end in any order, block by block well or not."""
         transfer = self.world.running[pick % len(self.world.running)]
         outcome = (codes + [OK] * len(transfer))[: len(transfer)]
-        if transfer.target == TIERS[LOWER]:
+        if transfer.target == "nvme":
             outcome = [IO_ERROR if code else OK for code in outcome]
+        elif transfer.source != "nvme":
+            outcome = [OK] * len(transfer)
         self.world.finish(transfer, outcome)
 
-    @rule(pick=PICK, tier=st.sampled_from((UPPER, LOWER)))
+    @rule(pick=PICK, tier=st.integers(0, 2))
     def vacate(self, pick: int, tier: int) -> None:
         """A segment is to be given up, whoever uses it."""
         tier = min(tier, self.world.tiers - 1)
@@ -155,7 +200,7 @@ class CacheMachine(RuleBasedStateMachine):
         if len(open_ones) > 1:
             self.world.vacate(tier, open_ones[pick % len(open_ones)])
 
-    @rule(tier=st.sampled_from((UPPER, LOWER)))
+    @rule(tier=st.integers(0, 2))
     def collect_and_grow(self, tier: int) -> None:
         """What is idle goes, and its numbers are used again."""
         if self.world.collect():

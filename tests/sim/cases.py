@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.sim.clients import Client, chain
-from tests.sim.world import World
+from tests.sim.world import LOWER, UPPER, World
 from tierd.block import ROOT
-from tierd.core.plan import LOWER, Wait
+from tierd.core.plan import Wait
 
 LONG = chain(range(100, 140))
 """Longer than the upper tier of a small world."""
@@ -34,7 +34,7 @@ def put_below(world: World, client: Client, hashes: list[bytes]) -> None:
 
 def crowd_out(world: World, client: Client) -> None:
     """Fill the upper tier with something else that is below too, so that everything older is only below."""
-    put_below(world, client, chain(range(900, 900 + world.cache.upper.slots)))
+    put_below(world, client, chain(range(900, 900 + world.cache.pools[UPPER].slots)))
 
 
 def read_all(world: World, client: Client, hashes: list[bytes]) -> int:

@@ -36,13 +36,29 @@ class Claim:
     places: dict[int, Place] = field(default_factory=dict)
 
 
+@dataclass
+class Page:
+    """What a client believes about a page: how often it holds it, and the block that it is or is to become.
+
+    One that is not `named` is reserved: the client writes into it until it asks for it to be `block`.
+    """
+
+    times: int = 1
+    block: bytes = b""
+    named: bool = False
+
+
 @dataclass(eq=False)
 class Client:
-    """One engine process. It copies whenever it likes from and to the places of its claims (by lease)."""
+    """One engine process. It copies whenever it likes from and to the places of its claims (by lease), and computes in its
+    pages.
+    """
 
     id: int
     bit: int
+    tier: int
     claims: dict[int, Claim] = field(default_factory=dict)
+    pages: dict[Place, Page] = field(default_factory=dict)
     attached: bool = True
 
     def leases(self, writing: bool) -> list[int]:
@@ -54,6 +70,9 @@ class Client:
         for claim in self.claims.values():
             if claim.writing == writing:
                 yield from ((place, claim.hashes[at]) for at, place in claim.places.items())
+        for place, page in self.pages.items():
+            if writing == (not page.block):
+                yield place, page.block or b"computed by %d" % self.id
 
     def write(self) -> None:
         """Copy into every place that it may write to."""

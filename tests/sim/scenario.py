@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 
-from tests.sim.clients import Client, chain
-from tests.sim.world import World
+from tests.sim.clients import Client, Place, chain
+from tests.sim.pages import Naming, PagedWorld
 from tierd.block import ROOT
-from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Transfer, Wait
+from tierd.core.plan import IO_ERROR, MISMATCH, OK, Hint, Transfer, Wait
 
 CLIENTS_MAX = 5
 DEEP_SHARE = 0.1
@@ -32,12 +32,14 @@ class Scenario:
         self.dice = random.Random(seed)
         choice = self.dice.choice
         self.mild = self.dice.random() < 0.3
-        lower = choice((0, 1, 1, 2, 2, 3, 4, 8))
-        self.world = World(choice((1, 2, 3, 4)), lower, choice((4, 8, 16)), choice((0.1, 0.25, 0.5, 1.0)))
+        lower, gpu = choice((0, 1, 1, 2, 2, 3, 4, 8)), choice((0, 0, 1, 2, 3))
+        shape = choice((1, 2, 3, 4)), lower, choice((4, 8, 16)), choice((0.1, 0.25, 0.5, 1.0))
+        self.world = PagedWorld(*shape, gpu=gpu)
         self.prompts: list[tuple[int, ...]] = []
         self.steps = {
             **{self._read: 12, self._fill: 12, self._lookup: 5, self._load: 8, self._release: 8, self._prefetch: 4},
             **{self._store: 5, self._commit: 8, self._abort: 2, self._write: 3},
+            **{self._generate: 10, self._reserve: 4, self._commit_pages: 8, self._release_pages: 6},
             **{self._open: 2, self._kill: 1, self._resume: 4, self._restart: choice((0, 0.3, 1))},
             **{self._write_back: choice((4, 20, 40)), self._finish: choice((6, 25, 60))},
             **{self._vacate: 0 if self.mild else choice((0, 1, 6)), self._collect: 4, self._grow: choice((0.3, 3))},
@@ -87,7 +89,7 @@ class Scenario:
 
     def _open(self) -> None:
         if len(self.world.clients) < CLIENTS_MAX:
-            self.world.open()
+            self.world.open(self.dice.choice(self.world.mapped))
 
     def _kill(self) -> None:
         if self.world.clients:
@@ -140,7 +142,7 @@ class Scenario:
         claim = client.claims[lease]
         held = self.world.cache.sessions[client.id].leases[lease]
         count = self.dice.randint(1, 16)
-        released = (held.upper < 0) & (held.lower < 0)
+        released = held.slots.max(0) < 0
         if first < held.blocks and not released[first : first + count].any():
             answer = self.world.load(client, lease, first, count)
             if isinstance(answer, Wait) and self.dice.random() < 0.5 and first not in claim.places:
@@ -182,10 +184,62 @@ class Scenario:
                 share = self.dice.choice((0.0, 0.5, 1.0))
                 self.world.resume(client, (self.dice.random() < share for _ in iter(int, 1)))
 
+    # -- pages --------------------------------------------------------------------------------------------------------
+
+    def _engine(self) -> Client | None:
+        there = [client for client in self.world.clients.values() if client.attached and self.world.is_paged(client)]
+        return self.dice.choice(there) if there else None
+
+    def _generate(self) -> None:
+        """What a paged engine does: look up, reserve what is missing, compute and name it, and let go of all."""
+        if not (client := self._engine()):
+            return
+        hashes, parent = self._chain()
+        found = self.world.lookup(client, hashes, parent)
+        first = found.told
+        places = self.world.reserve(client, min(len(hashes) - first, self.dice.randint(1, 12)) or 1)
+        if naming := self._naming(places, hashes[first:], hashes[first - 1] if first else parent):
+            self.world.commit_pages(client, naming, answered=self.dice.random() < 0.9)
+        if found.lease:
+            self.world.release(client, found.lease)
+        self.world.release_pages(client, [place for place in places if self.dice.random() < 0.9] or places[:1])
+
+    def _naming(self, places: list[Place], hashes: list[bytes], parent: bytes) -> list[Naming]:
+        return list(zip(places, [parent, *hashes[:-1]], hashes, strict=False)) if hashes else []
+
+    def _reserve(self) -> None:
+        if client := self._engine():
+            self.world.reserve(client, self.dice.randint(1, 8))
+
+    def _commit_pages(self) -> None:
+        """Blocks of one chain or two, in any order; some again, because the answer was lost."""
+        if not (client := self._engine()):
+            return
+        places = [place for place, page in client.pages.items() if not page.block]
+        self.dice.shuffle(places)
+        naming: list[Naming] = []
+        for _ in range(self.dice.choice((1, 1, 2))):
+            hashes, parent = self._chain()
+            first = self.dice.choice((0, self.world._prefix(hashes, parent), self.dice.randrange(len(hashes))))
+            more = self._naming(places, hashes[first:], hashes[first - 1] if first else parent)[: self.dice.randint(1, 10)]
+            naming, places = naming + more, places[len(more) :]
+        again = [(place, page.block) for place, page in client.pages.items() if page.block and not page.named]
+        naming += [(place, self.world.parents[block], block) for place, block in again if self.dice.random() < 0.5]
+        if self.dice.random() < 0.3:
+            self.dice.shuffle(naming)
+        if naming:
+            self.world.commit_pages(client, naming, answered=self.dice.random() < 0.9)
+
+    def _release_pages(self) -> None:
+        if (client := self._engine()) and client.pages:
+            held = [place for place, page in client.pages.items() for _ in range(page.times)]
+            hint = self.dice.choice((Hint(None, None), Hint("tool_use", "c")))
+            self.world.release_pages(client, self.dice.sample(held, self.dice.randint(1, len(held))), hint)
+
     # -- the daemon ---------------------------------------------------------------------------------------------------
 
     def _prefetch(self) -> None:
-        self.world.prefetch(*self._chain())
+        self.world.prefetch(*self._chain(), tier=self.dice.choice(self.world.mapped))
 
     def _write_back(self) -> None:
         self.world.plan_write_back(self.dice.randint(1, 12))
@@ -197,13 +251,13 @@ class Scenario:
         if running:
             transfer = self.dice.choice(running)
             outcome = [OK] * len(transfer)
-            if not self.mild and self.dice.random() < 0.1:
-                codes = (OK, IO_ERROR, MISMATCH) if transfer.target == "cpu" else (OK, IO_ERROR)
+            if not self.mild and "nvme" in (transfer.source, transfer.target) and self.dice.random() < 0.1:
+                codes = (OK, IO_ERROR, MISMATCH) if transfer.source == "nvme" else (OK, IO_ERROR)
                 outcome = [self.dice.choice(codes) for _ in outcome]
             self.world.finish(transfer, outcome)
 
     def _vacate(self) -> None:
-        tier = self.dice.choice((UPPER, LOWER)[: self.world.tiers])
+        tier = self.dice.randrange(self.world.tiers)
         open_ones = self.world.segments[tier].keys() - self.world.cache.pools[tier].closing
         if len(open_ones) > 1:
             self.world.vacate(tier, self.dice.choice(sorted(open_ones)))
@@ -212,8 +266,8 @@ class Scenario:
         self.world.collect()
 
     def _grow(self) -> None:
-        tier = self.dice.choice((UPPER, LOWER)[: self.world.tiers])
-        if len(self.world.segments[tier]) < (4, 8)[tier]:
+        tier = self.dice.randrange(self.world.tiers)
+        if len(self.world.segments[tier]) < (8 if tier == self.world.closed else 4):
             self.world.add_segment(tier)
 
     def _restart(self) -> None:

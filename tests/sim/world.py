@@ -8,6 +8,7 @@ under somebody shows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 
@@ -17,33 +18,29 @@ from tests.sim.clients import Claim, Client, Place
 from tests.sim.directories import SOILED, Segment, rows_of
 from tierd.block import HASH_BYTES, ROOT, split
 from tierd.core.cache import Cache
-from tierd.core.plan import (
-    LOWER,
-    MISMATCH,
-    NO_ROOM,
-    OK,
-    PENDING,
-    STORED,
-    TIERS,
-    UPPER,
-    Committed,
-    Found,
-    Transfer,
-    Wait,
-)
-from tierd.core.pool import FILLING, READY, STATES, Pool
+from tierd.core.ladder import CLOSED, TIERS
+from tierd.core.plan import MISMATCH, NO_ROOM, OK, PENDING, STORED, Committed, Found, Transfer, Wait
+from tierd.core.pool import FILLING, QUARANTINED, READY, STATES, Pool
 from tierd.core.recovery import recover
 from tierd.errors import Busy, Gone
+
+UPPER, LOWER = 0, 1
+"""Places of cpu and nvme in a world without a gpu tier."""
 
 
 class World:
     """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers.
 
-    `upper` and `lower` are numbers of segments; without lower ones there is no lower tier.
+    `upper`, `lower` and `gpu` are numbers of segments of cpu, nvme and gpu; without any there is no such tier, but cpu.
     """
 
-    def __init__(self, upper: int = 3, lower: int = 5, slots: int = 8, window_share: float = 0.25) -> None:
-        self.slots, self.window_share, self.tiers, self.now = slots, window_share, 2 if lower else 1, 1_000_000
+    def __init__(self, upper: int = 3, lower: int = 5, slots: int = 8, window_share: float = 0.25, gpu: int = 0) -> None:
+        self.slots, self.window_share, self.now = slots, window_share, 1_000_000
+        sizes = dict(zip(TIERS, (gpu, upper, lower), strict=True))
+        self.names = [name for name, count in sizes.items() if count]
+        self.tiers = len(self.names)
+        self.mapped = [at for at, name in enumerate(self.names) if name != CLOSED]
+        self.closed = len(self.mapped)
         self.clients: dict[int, Client] = {}
         self.where: dict[bytes, dict[int, int]] = {}
         self.known: set[bytes] = set()
@@ -55,19 +52,20 @@ class World:
         self.losses = False
         """A fault or a vacated segment may have taken blocks that are leased."""
         self._ids = iter(range(1, 1 << 40))
-        self._start([{}, {}])
-        for tier, count in ((UPPER, upper), (LOWER, lower)):
-            for _ in range(count):
+        self._start([{} for _ in self.names])
+        for tier, name in enumerate(self.names):
+            for _ in range(sizes[name]):
                 self.add_segment(tier)
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
-    def open(self) -> Client:
-        """A new client process."""
+    def open(self, tier: int = -1) -> Client:
+        """A new client process, by default in the cpu tier."""
         taken = {client.bit for client in self.clients.values()}
-        client = Client(next(self._ids), next(bit for bit in range(64) if bit not in taken))
+        tier = self.names.index("cpu") if tier < 0 else tier
+        client = Client(next(self._ids), next(bit for bit in range(64) if bit not in taken), tier)
         self.clients[client.id] = client
-        self.cache.open_session(client.id, client.bit)
+        self.cache.open_session(client.id, client.bit, tier)
         return client
 
     def kill(self, client: Client) -> None:
@@ -85,9 +83,9 @@ class World:
             if stays:
                 claim[writing].places[len(claim[writing].hashes)] = place
                 claim[writing].hashes.append(block)
-        numbers = {place: number for number, place in self._numbered(UPPER)}
-        held = [numbers[place] for claim in kept for place in claim.places.values()]
-        lease = self.cache.resume(client.id, np.array(held, np.int32))
+        held = [self._number(client.tier, place) for claim in kept for place in claim.places.values()]
+        writing = [claim.writing for claim in kept for _ in claim.places]
+        lease = self.cache.resume(client.id, np.array(held, np.int32), np.array(writing, np.bool_))
         assert bool(lease) == bool(held)
         client.claims = {lease: kept[False], -lease: kept[True]} if lease else {}
         client.attached = True
@@ -99,22 +97,23 @@ class World:
     def lookup(self, client: Client, hashes: list[bytes], parent: bytes = ROOT) -> Found:
         """Look a chain up, and compare every number of the answer with the model."""
         expected = self._prefix(hashes, parent)
-        up = sum(UPPER in self.where[block] for block in hashes[:expected])
+        highest = Counter(self.names[min(self.where[block])] for block in hashes[:expected])
         pending = {block for other in self.clients.values() for block in self._filled(other)}
         waiting = next((at for at, block in enumerate(hashes[expected:]) if block not in pending), len(hashes) - expected)
         found = self.cache.lookup(client.id, b"".join(hashes), parent, self.now)
-        self.settle(evicts={UPPER})
+        self.settle(evicts={client.tier})
         assert sum(found.tiers.values()) == len(hashes), "the tiers do not sum to the blocks asked"
-        assert (found.tiers["cpu"], found.tiers["nvme"], found.tiers["pending"]) == (up, expected - up, waiting)
+        assert [found.tiers[name] for name in TIERS] == [highest[name] for name in TIERS]
+        assert found.tiers["pending"] == waiting
         assert found.told <= found.blocks <= expected and found.told == len(found.slots)
         assert bool(found.lease) == bool(found.blocks)
         assert set(hashes[: found.blocks]) <= self.committed, "a lookup found what was not committed"
         if found.blocks < expected:
             assert found.blocks == found.told
-            self._assert_nothing_evictable(spared=hashes)
+            self._assert_nothing_evictable(client.tier, spared=hashes)
         if found.lease:
             client.claims[found.lease] = Claim(hashes[: found.blocks], False)
-            self._told(client.claims[found.lease], 0, found.slots.tolist())
+            self._told(client, client.claims[found.lease], 0, found.slots.tolist())
         return found
 
     def load(self, client: Client, lease: int, first: int, count: int) -> int | Wait | None:
@@ -126,15 +125,15 @@ class World:
             assert self.losses, "a leased block is lost without a fault"
             return None
         except Busy:
-            self._assert_nothing_evictable()
+            self._assert_nothing_evictable(client.tier)
             return None
         finally:
-            self.settle(evicts={UPPER})
+            self.settle(evicts={client.tier})
         if isinstance(slots, Wait):
             assert slots.transfers and set(slots.transfers) <= set(self.cache.transfers), "waiting for nothing"
             return slots
         assert 0 < len(slots) <= count
-        self._told(claim, first, slots.tolist())
+        self._told(client, claim, first, slots.tolist())
         return len(slots)
 
     def release(self, client: Client, lease: int, first: int = 0, count: int | None = None) -> None:
@@ -148,13 +147,13 @@ class World:
                 claim.places = {at: place for at, place in claim.places.items() if not first <= at < first + count}
         self.settle()
 
-    def prefetch(self, hashes: list[bytes], parent: bytes = ROOT) -> int:
+    def prefetch(self, hashes: list[bytes], parent: bytes = ROOT, tier: int = 0) -> int:
         """Prefetch a chain."""
         expected = self._prefix(hashes, parent)
-        up = next((at for at, block in enumerate(hashes[:expected]) if UPPER not in self.where[block]), expected)
-        blocks = self.cache.prefetch(b"".join(hashes), parent, self.now)
-        assert up <= blocks <= expected
-        self.settle(evicts={UPPER})
+        there = next((at for at, block in enumerate(hashes[:expected]) if tier not in self.where[block]), expected)
+        blocks = self.cache.prefetch(tier, b"".join(hashes), parent, self.now)
+        assert there <= blocks <= expected
+        self.settle(evicts={tier})
         return blocks
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -180,10 +179,10 @@ class World:
                 assert (code >= 0 and not short) or code == NO_ROOM
                 short |= code == NO_ROOM
                 if code >= 0:
-                    claim.places[at] = self._place(UPPER, code)
-        self.settle(evicts={UPPER})
+                    claim.places[at] = self._place(client.tier, code)
+        self.settle(evicts={client.tier})
         if short:
-            self._assert_nothing_evictable(spared=[*hashes, *self._ancestors(hashes[0])])
+            self._assert_nothing_evictable(client.tier, spared=[*hashes, *self._ancestors(hashes[0])])
         for place in claim.places.values():
             self._take(place)
         assert bool(placed.lease) == bool(claim.places)
@@ -195,16 +194,16 @@ class World:
         """Write and commit the first `count` blocks of a lease."""
         client.write()
         claim = client.claims.pop(lease)
-        filled = [(claim.hashes[at], self._number(UPPER, place)) for at, place in claim.places.items()]
+        filled = [(claim.hashes[at], self._number(client.tier, place)) for at, place in claim.places.items()]
         count = len(filled) if count is None else min(count, len(filled))
-        alive = [(block, slot) for block, slot in filled[:count] if self.cache.upper.state[slot] == FILLING]
+        alive = [(block, slot) for block, slot in filled[:count] if self.cache.pools[client.tier].state[slot] == FILLING]
         parent = self.parents[claim.hashes[0]]
         if parent != ROOT and parent not in self.known:
             alive = []
         done = self.cache.commit(client.id, lease, count, self.now)
         assert (done.committed, done.dropped) == (len(alive), count - len(alive))
         self.committed.update(block for block, _ in alive)
-        self.settle(adds={(block, UPPER): slot for block, slot in alive})
+        self.settle(adds={(block, client.tier): slot for block, slot in alive})
         assert all(block in self.where for block, _ in alive), "a committed block is not there"
         return done
 
@@ -217,24 +216,29 @@ class World:
     # -- moving -------------------------------------------------------------------------------------------------------
 
     def plan_write_back(self, blocks_max: int) -> bool:
-        """Let the cache plan one write-back."""
-        planned = self.cache.plan_write_back(blocks_max)
-        assert planned == bool(self.cache.planned)
-        self.settle(evicts={LOWER})
-        return planned
+        """Let the cache plan one write-back, to the highest tier that waits for something."""
+        for target in self.cache.write_back.queues:
+            planned = self.cache.plan_write_back(target, blocks_max)
+            assert planned == bool(self.cache.planned)
+            self.settle(evicts={target})
+            if planned:
+                return True
+        return False
 
     def finish(self, transfer: Transfer, outcome: list[int] | None = None) -> None:
         """End a transfer; `outcome` says for each block what became of it."""
+        lied = self.cache.pools[self.names.index(transfer.source)].state[transfer.source_slots] == QUARANTINED
         outcome = [OK] * len(transfer) if outcome is None else outcome
+        outcome = [MISMATCH if bad else code for code, bad in zip(outcome, lied, strict=True)]  # as to who read it before
         self.running.remove(transfer)
-        down = transfer.target == TIERS[LOWER]
+        down = transfer.target == CLOSED
         for at, code in enumerate(outcome):
             self._arrive(transfer, at, code)
         self.gaps |= outcome.count(OK) < len(outcome)
         self.losses |= not down and outcome.count(OK) < len(outcome)
         self.cache.finish(transfer, np.array(outcome, np.uint8), self.now)
         bad = any(outcome) and not down
-        self.settle(evicts={LOWER} if bad else set())
+        self.settle(evicts={self.closed} if bad else set())
         if down and transfer.id not in self.cache.transfers and not self.gaps:
             self._assert_entered(transfer, outcome)
 
@@ -247,17 +251,17 @@ class World:
                 return
 
     def _arrive(self, transfer: Transfer, at: int, code: int) -> None:
-        source, target = (TIERS.index(name) for name in (transfer.source, transfer.target))
+        source, target = (self.names.index(name) for name in (transfer.source, transfer.target))
         block = transfer.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
         segment, index = self._place(source, int(transfer.source_slots[at]))
-        assert segment.content[index] == block, "the source of a transfer was reused"
+        assert segment.content[index] == block or code == MISMATCH, "the source of a transfer was reused"
         to, there = self._place(target, int(transfer.target_slots[at]))
         if code == OK:
             to.content[there] = block
             self._landed.add(((block, target), int(transfer.target_slots[at])))
         elif code == MISMATCH:
             segment.content[index] = SOILED
-        if target == LOWER:
+        if target == self.closed:
             (to.directory.ready if code == OK else to.directory.free)([there])
 
     # -- segments and lives -------------------------------------------------------------------------------------------
@@ -286,24 +290,25 @@ class World:
     def restart(self, arrived: Iterable[bool] = repeat(False), keeps_memory: bool = True) -> None:
         """Kill the daemon and start it again. `arrived` says for each block on its way down whether it is on the medium
         already. Without memory all clients start over."""
-        before = self._survivors((UPPER, LOWER) if keeps_memory else (LOWER,))
-        flying = [(t, at) for t in self.running if t.target == TIERS[LOWER] for at in range(len(t))]
+        before = self._survivors(range(self.tiers) if keeps_memory else range(self.closed, self.tiers))
+        flying = [(t, at) for t in self.running if t.target == CLOSED for at in range(len(t))]
         for (transfer, at), there in zip(flying, arrived, strict=False):
             if there:
                 self._arrive(transfer, at, OK)
         self.gaps |= bool(flying) or bool(self.cache.transfers)
-        if self.cache.lower and self.cache.lower.counts()["retired"]:
+        if any(pool.counts()["retired"] for pool in self.cache.pools[self.closed :]):
             self.gaps = True  # what left the tree, but was still read, is on the medium
         self.note_recency()
         if not keeps_memory:
             self.gaps = True
             self.clients.clear()
-            self.segments[UPPER] = {at: Segment(self.slots) for at in self.segments[UPPER]}
+            for tier in self.mapped:
+                self.segments[tier] = {at: Segment(self.slots) for at in self.segments[tier]}
         self._start(self.segments)
         for client in self.clients.values():
             client.attached = False
-            held = [number for number, (segment, at) in self._numbered(UPPER) if at in segment.held(client.bit)]
-            self.cache.restore_session(client.id, client.bit, np.array(held, np.int32))
+            held = [number for number, (segment, at) in self._numbered(client.tier) if at in segment.held(client.bit)]
+            self.cache.restore_session(client.id, client.bit, client.tier, np.array(held, np.int32))
         tree, self.known = self._tree()
         for block, tiers in before.items():
             assert tiers <= set(tree.get(block, {})), "a block was lost to a restart"
@@ -313,16 +318,16 @@ class World:
     def _start(self, segments: list[dict[int, Segment]]) -> None:
         self.running = []
         self._landed: set[tuple[tuple[bytes, int], int]] = set()
-        self.segments: list[dict[int, Segment]] = [{}, {}]
-        lower = Pool(self.slots) if self.tiers == 2 else None
-        self.cache = Cache(Pool(self.slots), lower, window_share=self.window_share, seed=7)
+        self.segments: list[dict[int, Segment]] = [{} for _ in self.names]
+        pools = {name: Pool(self.slots) for name in self.names}
+        self.cache = Cache(pools, window_share=self.window_share, seed=7)
         for tier, old in enumerate(segments):
             for segment in old.values():
                 self.add_segment(tier, segment)
         dead = ~np.bitwise_or.reduce([np.uint64(1 << client.bit) for client in self.clients.values()] or [np.uint64(0)])
-        for segment in self.segments[UPPER].values():
+        for segment in self._in_memory():
             segment.directory.holders &= ~dead
-        recover(self.cache, [rows_of(tier, self.slots) for tier in self.segments[: self.tiers]], self.now)
+        recover(self.cache, [rows_of(tier, self.slots) for tier in self.segments], self.now)
 
     def note_recency(self) -> None:
         """Write last use and use counts to the directories, as the daemon does once in a while."""
@@ -340,13 +345,13 @@ class World:
         Copies go only from tiers that may evict, and come only from where bytes were written.
         """
         for transfer in self.cache.planned:
-            target = TIERS.index(transfer.target)
+            target = self.names.index(transfer.target)
             for slot in transfer.target_slots.tolist():
                 self._take(self._place(target, slot))
-            if target == LOWER:
+            if target == self.closed:
                 hashes, parents = split(transfer.hashes), split(transfer.parents)
                 for slot, block, parent in zip(transfer.target_slots.tolist(), hashes, parents, strict=True):
-                    segment, at = self._place(LOWER, slot)
+                    segment, at = self._place(target, slot)
                     segment.directory.begin([at], block, parent)
         self.running += self.cache.planned
         self.cache.planned.clear()
@@ -366,11 +371,12 @@ class World:
         for block, at in self.where.items():
             for tier, slot in at.items():
                 segment, index = self._place(tier, slot)
-                assert segment.content[index] == block, f"a {TIERS[tier]} slot has other bytes than the index says"
+                assert segment.content[index] == block, f"a {self.names[tier]} slot has other bytes than the index says"
         if not self.gaps:
             for block, at in self.where.items():
                 parent = self.parents[block]
-                assert LOWER not in at or parent == ROOT or LOWER in self.where[parent], "nvme is not prefix-closed"
+                has_parent = parent == ROOT or self.closed in self.where.get(parent, {})
+                assert self.closed not in at or has_parent, "nvme is not prefix-closed"
         for pool in self.cache.pools:
             counts = pool.counts()
             assert sum(counts.values()) == len(pool.segments) * self.slots, "slots are lost"
@@ -378,7 +384,7 @@ class World:
         self._check_clients()
 
     def _check_clients(self) -> None:
-        bits = {id(segment): segment.directory.holders.tolist() for segment in self.segments[UPPER].values()}
+        bits = {id(segment): segment.directory.holders.tolist() for segment in self._in_memory()}
         alive = sum(1 << client.bit for client in self.clients.values())
         assert all(not word & ~alive for words in bits.values() for word in words), "a bit of nobody"
         writers: dict[tuple[int, int], int] = {}
@@ -393,17 +399,17 @@ class World:
 
     def _assert_entered(self, transfer: Transfer, outcome: list[int]) -> None:
         """A block that was written whole is below, unless its parent is not, or its segment is being given up."""
-        closing = self.cache.pools[LOWER].closing
+        closing = self.cache.pools[self.closed].closing
         blocks, parents = list(split(transfer.hashes)), list(split(transfer.parents))
         for block, parent, slot, code in zip(blocks, parents, transfer.target_slots.tolist(), outcome, strict=True):
-            has_parent = parent == ROOT or LOWER in self.where.get(parent, {})
+            has_parent = parent == ROOT or self.closed in self.where.get(parent, {})
             if code == OK and has_parent and block in self.known and slot // self.slots not in closing:
-                assert LOWER in self.where.get(block, {}), "a block that was written is not found below"
+                assert self.closed in self.where.get(block, {}), "a block that was written is not found below"
 
-    def _assert_nothing_evictable(self, spared: Iterable[bytes] = ()) -> None:
-        """There is no upper slot that could have been had; of the asker's own chain, what only upper has may stay."""
-        pool = self.cache.upper
-        own = {self.where[block][UPPER] for block in spared if self.where.get(block, {}).keys() == {UPPER}}
+    def _assert_nothing_evictable(self, tier: int, spared: Iterable[bytes] = ()) -> None:
+        """There is no slot of the tier that could have been had; of the asker's own chain, what is only there may stay."""
+        pool = self.cache.pools[tier]
+        own = {self.where[block][tier] for block in spared if self.where.get(block, {}).keys() == {tier}}
         idle = set(np.flatnonzero((pool.state == READY) & (pool.users == 0)).tolist()) - own
         assert pool.free == 0 and not idle, f"refused, though {pool.free} slots are free and {len(idle)} evictable"
 
@@ -418,7 +424,7 @@ class World:
                     where[block] = at
         return where, known
 
-    def _survivors(self, tiers: tuple[int, ...]) -> dict[bytes, set[int]]:
+    def _survivors(self, tiers: range) -> dict[bytes, set[int]]:
         """The copies that a restart must find again: those whose chain back to the root is in these tiers."""
         have = {block: set(at) & set(tiers) for block, at in self.where.items()}
         return {b: at for b, at in have.items() if at and all(have.get(a) for a in self._ancestors(b))}
@@ -440,9 +446,9 @@ class World:
             for lease in client.leases(writing=True):
                 yield from (client.claims[lease].hashes[at] for at in client.claims[lease].places)
 
-    def _told(self, claim: Claim, first: int, slots: list[int]) -> None:
+    def _told(self, client: Client, claim: Claim, first: int, slots: list[int]) -> None:
         for at, slot in enumerate(slots, first):
-            claim.places[at] = segment, index = self._place(UPPER, slot)
+            claim.places[at] = segment, index = self._place(client.tier, slot)
             assert segment.content[index] == claim.hashes[at], "a slot was named that holds another block"
 
     def _take(self, place: Place) -> None:
@@ -452,6 +458,10 @@ class World:
             for writing in (False, True):
                 assert place not in [other for other, _ in client.places(writing)], "a told slot was handed out again"
         segment.content[at] = SOILED
+
+    def _in_memory(self) -> Iterator[Segment]:
+        for tier in self.mapped:
+            yield from self.segments[tier].values()
 
     def _place(self, tier: int, slot: int) -> Place:
         return self.segments[tier][slot // self.slots], slot % self.slots

@@ -85,8 +85,8 @@ def test_domains_map_users_to_names(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("[cpu]\nbyts = 5", r"cpu\.byts = 5 is no key of tierd: did you mean cpu\.bytes\?"),
-        ("[gpu]\nbytes = 5", r"gpu = \{'bytes': 5\} is no key of tierd: the sections are server, cpu"),
-        ("[storage]", r"storage = \{\} is no key of tierd: the sections are server, cpu"),
+        ('[gpu]\ndevice = "cuda:0"', r"gpu\.device = 'cuda:0' .* not yet: device = \"cpu\" only"),
+        ("[storage]", r"storage = \{\} is no key of tierd: the sections are server, gpu"),
         ("[log]\nzzz = 1", r"log\.zzz = 1 is no key of tierd: the keys of \[log\] are level, format"),
         ("cpu = 5", r"cpu = 5 is no key of tierd"),
         ('[cpu]\nbytes = "1.5GiB"', r"cpu\.bytes = '1\.5GiB' must be a number of bytes, or a string with a unit"),

@@ -7,8 +7,9 @@ import pytest
 
 from tests.sim.cases import LONG, crowd_out, put, put_below, read_all, small
 from tests.sim.clients import chain
+from tests.sim.world import LOWER, UPPER
 from tierd.block import ROOT
-from tierd.core.plan import DEMAND, LOWER, NO_ROOM, PENDING, STORED, UPPER, WRITE_BACK, Wait
+from tierd.core.plan import DEMAND, NO_ROOM, PENDING, STORED, WRITE_BACK, Wait
 from tierd.errors import Gone, Invalid
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_two_sessions_that_store_one_chain_keep_one_copy() -> None:
     first, second = world.store(client, hashes[:5]), world.store(other, hashes)
     world.commit(other, second)
     world.commit(client, first)
-    assert world.cache.upper.counts()["ready"] == 8
+    assert world.cache.pools[UPPER].counts()["ready"] == 8
     assert world.lookup(client, hashes).told == world.lookup(other, hashes).told == 8
 
 
@@ -249,7 +250,7 @@ def test_a_client_may_go_on_copying_what_it_says_it_holds() -> None:
         client.write()
         world.check()
     world.release(client, lease)
-    assert world.cache.upper.counts()["retired"] == 0
+    assert world.cache.pools[UPPER].counts()["retired"] == 0
 
 
 def test_a_session_can_hold_only_what_it_was_told() -> None:
@@ -257,7 +258,7 @@ def test_a_session_can_hold_only_what_it_was_told() -> None:
     world, client = small()
     put(world, client, chain(range(3)))
     with pytest.raises(Invalid, match="never told"):
-        world.cache.resume(client.id, np.array([5], np.int32))
+        world.cache.resume(client.id, np.array([5], np.int32), np.zeros(1, np.bool_))
     world.check()
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.sim.cases import LONG, crowd_out, put, put_below, read_all, small
 from tests.sim.clients import chain
-from tierd.core.plan import IO_ERROR, LOWER, MISMATCH, OK, UPPER, Wait
+from tests.sim.world import LOWER, UPPER
+from tierd.core.plan import IO_ERROR, MISMATCH, OK, Wait
 from tierd.errors import Busy, Gone
 
 # -- promotion --------------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def test_what_a_lookup_could_do_without_is_not_held() -> None:
     world.release(client, tail.lease)
     world.store(other, chain(range(50, 57)))
     assert [sorted(world.where[block]) for block in hashes] == [[LOWER], [UPPER, LOWER]]
-    assert world.cache.upper.free == 0
+    assert world.cache.pools[UPPER].free == 0
     assert world.lookup(client, hashes).blocks == 2
     assert world.running[0].hashes == hashes[0]
     world.check()
@@ -218,7 +219,7 @@ def test_write_back_takes_ancestors_along() -> None:
     assert not world.plan_write_back(8)
     assert world.cache.counters["write_back_orphans",] == 3
     world.commit(client, first)
-    world.cache.write_back.queue.clear()
+    world.cache.write_back.queues[LOWER].runs.clear()
     put(world, client, chain([9], hashes[-1]), hashes[-1])
     world.run_all()
     assert all(LOWER in world.where[block] for block in hashes)
@@ -240,5 +241,5 @@ def test_the_queue_is_bounded() -> None:
     for number in range(40):
         world.now += 1
         put(world, client, chain(range(10 * number, 10 * number + 8)))
-    assert world.cache.write_back.blocks <= 4 * world.cache.upper.slots
+    assert world.cache.write_back.queues[LOWER].blocks <= 4 * world.cache.pools[UPPER].slots
     assert world.cache.counters["write_back_dropped",] > 0

@@ -7,10 +7,9 @@ import pytest
 
 from tests.sim.clients import chain
 from tests.sim.directories import Segment, rows_of
-from tests.sim.world import World
+from tests.sim.world import LOWER, UPPER, World
 from tierd.block import ROOT
 from tierd.core.cache import Cache
-from tierd.core.plan import LOWER, UPPER
 from tierd.core.pool import Pool
 from tierd.core.recovery import Recovered, recover
 
@@ -22,7 +21,7 @@ class Remains:
         self.slots = slots
         self.segments = [{0: Segment(slots)}, {0: Segment(slots)}]
         self.used = [0, 0]
-        self.cache = Cache(Pool(slots), Pool(slots))
+        self.cache = Cache({"cpu": Pool(slots), "nvme": Pool(slots)})
 
     def put(self, tier: int, hashes: list[bytes], parents: list[bytes], last_use: int | list[int] = 5) -> np.ndarray:
         """Ready rows in the next slots of a tier."""
@@ -45,7 +44,7 @@ class Remains:
     def found(self, hashes: list[bytes]) -> dict[str, int]:
         """Where a lookup finds a chain."""
         if not self.cache.sessions:
-            self.cache.open_session(1, 0)
+            self.cache.open_session(1, 0, UPPER)
         tiers = self.cache.lookup(1, b"".join(hashes), ROOT, 2_000).tiers
         return {tier: number for tier, number in tiers.items() if number}
 
@@ -74,7 +73,7 @@ def test_what_has_lost_its_root_is_freed() -> None:
     remains.put(LOWER, hashes[5:], above[5:])
     assert remains.recover() == Recovered(kept=3, duplicates=0, orphans=5)
     assert remains.found(hashes) == {"cpu": 3, "miss": 5}
-    assert remains.cache.upper.free == 61 and remains.cache.pools[LOWER].free == 64
+    assert remains.cache.pools[UPPER].free == 61 and remains.cache.pools[LOWER].free == 64
     codes = remains.segments[UPPER][0].directory.codes()
     assert (codes[3:] == 0).all()
 
@@ -124,14 +123,14 @@ def test_no_block_is_hotter_than_its_parent(last_use: list[int]) -> None:
     remains, hashes = Remains(slots=6), chain(range(6))
     remains.put(UPPER, hashes, parents(hashes), last_use)
     remains.recover()
-    remains.cache.open_session(1, 0)
+    remains.cache.open_session(1, 0, UPPER)
     for left in range(5, 0, -1):
         placed = remains.cache.store(1, chain([100 + left])[0], ROOT, 10_000 + left)
         remains.cache.abort(1, placed.lease)
-        remains.cache.upper.take(1)
+        remains.cache.pools[UPPER].take(1)
         assert remains.found(hashes) == {"cpu": left, "miss": 6 - left}
         remains.cache.close_session(1)
-        remains.cache.open_session(1, 0)
+        remains.cache.open_session(1, 0, UPPER)
 
 
 def test_no_branch_is_hotter_than_its_stem() -> None:
@@ -142,7 +141,7 @@ def test_no_branch_is_hotter_than_its_stem() -> None:
     for branch in branches:
         remains.put(UPPER, branch, parents(branch, stem[-1]), 9)
     remains.recover()
-    remains.cache.open_session(1, 0)
+    remains.cache.open_session(1, 0, UPPER)
     remains.cache.store(1, b"".join(chain(range(50, 54))), ROOT, 10_000)
     assert remains.found(stem) == {"cpu": 2}
 
@@ -161,7 +160,7 @@ def test_a_deep_chain_of_many_uses_comes_back() -> None:
     remains, hashes = Remains(slots=count), chain(range(count))
     remains.put(UPPER, hashes, parents(hashes), list(range(count, 0, -1)))
     cache = remains.cache
-    cache.upper.add_segment(remains.segments[UPPER][0].directory, 0)
+    cache.pools[UPPER].add_segment(remains.segments[UPPER][0].directory, 0)
     assert recover(cache, [rows_of(segments, count) for segments in remains.segments]).kept == count
     assert remains.found(hashes) == {"cpu": count}
 
@@ -188,8 +187,8 @@ def test_slots_that_wait_for_a_client_are_not_given_to_others() -> None:
     client = world.open()
     world.store(client, chain(range(5)))
     world.restart()
-    assert world.cache.upper.free == 3 and world.cache.upper.counts()["retired"] == 5
+    assert world.cache.pools[UPPER].free == 3 and world.cache.pools[UPPER].counts()["retired"] == 5
     world.resume(client, [True, True, False, False, False])
-    assert world.cache.upper.free == 6
+    assert world.cache.pools[UPPER].free == 6
     world.kill(client)
-    assert world.cache.upper.free == 8
+    assert world.cache.pools[UPPER].free == 8

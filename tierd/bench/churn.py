@@ -25,10 +25,11 @@ from tierd.block import HASH_BYTES, ROOT
 from tierd.clock import monotonic_seconds
 from tierd.core.cache import Cache
 from tierd.core.index import Index, Piece
-from tierd.core.plan import LOWER, UPPER
+from tierd.core.ladder import Ladder
 from tierd.core.pool import Pool
 from tierd.core.room import Room
 
+CPU, NVME = 0, 1
 CPU_SHARE = 4
 SEGMENTS = 8
 PROMPTS_AT_ONCE = 64
@@ -50,7 +51,7 @@ class Tree:
         self.seconds = 0.0
         self.pools = make_pools(blocks)
         self.index = Index(len(self.pools))
-        self._room = Room(self.index, self.pools, Counter())
+        self._room = Room(self.index, Ladder(tiers(self.pools)), Counter())
 
     def store(self, hashes: bytes, now: int) -> None:
         """Enter a prompt: find what is known of it, make it the most recently used, add the rest."""
@@ -73,15 +74,15 @@ class Tree:
 
     def _repair(self, piece: Piece) -> None:
         """What only cpu still has is written down again, or nvme would have a hole."""
-        here = piece.node.slots[LOWER, piece.start : piece.end]
+        here = piece.node.slots[NVME, piece.start : piece.end]
         if here.min() >= 0:
             return
         missing = np.flatnonzero(here < 0)
-        slots = self._room.take(LOWER, len(missing), behind=piece.node)
-        self.pools[LOWER].enter(slots)
+        slots = self._room.take(NVME, len(missing), behind=piece.node)
+        self.pools[NVME].enter(slots)
         row = here.copy()
         row[missing[: len(slots)]] = slots
-        self.index.assign(LOWER, piece, row)
+        self.index.assign(NVME, piece, row)
 
 
 class Requests:
@@ -91,8 +92,8 @@ class Requests:
         self.inserted = 0
         self.seconds = 0.0
         self.pools = make_pools(blocks)
-        self._cache = Cache(self.pools[UPPER], self.pools[LOWER])
-        self._cache.open_session(SESSION, 0)
+        self._cache = Cache(tiers(self.pools))
+        self._cache.open_session(SESSION, 0, CPU)
         self.index = self._cache.index
 
     def store(self, hashes: bytes, now: int) -> None:
@@ -101,7 +102,7 @@ class Requests:
         placed = self._cache.store(SESSION, hashes, ROOT, now)
         if placed.lease:
             self.inserted += self._cache.commit(SESSION, placed.lease, None, now).committed
-        while self._cache.plan_write_back(WRITE_BACK_BLOCKS):
+        while self._cache.plan_write_back(NVME, WRITE_BACK_BLOCKS):
             for transfer in list(self._cache.planned):
                 self._cache.finish(transfer, np.zeros(len(transfer), np.uint8), now)
             self._cache.planned.clear()
@@ -118,6 +119,10 @@ class Nowhere:
         """Nothing is written."""
 
     ready = free = hold = unhold = touch = begin
+
+    def hashes(self, slots: object) -> bytes:
+        """Nothing was written."""
+        return b""
 
 
 WAYS: dict[str, type[Tree] | type[Requests]] = {"tree": Tree, "requests": Requests}
@@ -164,6 +169,11 @@ def make_pools(blocks: int) -> list[Pool]:
         for _ in range(SEGMENTS):
             pool.add_segment(Nowhere(pool.slots_per_segment), 0)
     return pools
+
+
+def tiers(pools: list[Pool]) -> dict[str, Pool]:
+    """These pools by the names of their tiers."""
+    return dict(zip(("cpu", "nvme"), pools, strict=True))
 
 
 def pool_bytes(pools: list[Pool]) -> int:

@@ -1,9 +1,9 @@
 """How fast blocks reach the disk and come back through tierd, against raw O_DIRECT with the same block size and depth.
 
 Writing is what a busy engine asks for: chains are stored one after the other, and time runs until `sync` says that all
-are on NVMe, with write-back as the daemon always does it. Reading is `load` of a chain that is in nvme only, into an engine's pool, promotion through the
-cpu tier and digests included. All files were written once before, as in a tier that is full, and O_DIRECT bypasses
-the page cache. The four measurements take turns, because disks drift.
+are on NVMe, with write-back as the daemon always does it. Reading is `load` of a chain that is in nvme only, into an
+engine's pool, promotion through the cpu tier and digests included. All files were written once before, as in a tier
+that is full, and O_DIRECT bypasses the page cache. The four measurements take turns, because disks drift.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(task: Task) -> Result:
     ]
     notes = [
         f"raw: preadv and pwritev with O_DIRECT, {IO_THREADS} threads with a list of blocks each, same directory",
-        f"write: from the first store of {WRITE_CHAINS} rounds' blocks until sync has answered; read: load of what is in nvme only",
+        f"write: from the first store of {WRITE_CHAINS} chains until sync has answered; read: load of chains in nvme only",
         f"raw's memory is like the cpu tier's slots: {io['memory']}; huge: raw with memory in huge pages",
         f"medians of {rows[0]['rounds']} interleaved rounds of {size(rows[0]['bytes_per_round'])}",
     ]

@@ -4,6 +4,8 @@
         blocks = client.load(hashes, pool, pages)
         client.store(hashes, pool, pages)
 
+Engines whose pages are tierd's slots use `tierd.client.pages` instead.
+
 It needs MessagePack and numpy only, and blocks for no longer than its deadline on a daemon that does not answer.
 """
 

@@ -134,6 +134,10 @@ class Connection:
             raise NoAnswer(f"{ticket.verb}: the daemon did not answer within {seconds:g} s")
         return self._checked(ticket)
 
+    def answer(self, ticket: Ticket) -> dict[str, Any] | None:
+        """The checked reply if it has come (see `listen`), else None; raises the error it carries."""
+        return self._checked(ticket) if ticket.reply is not None else None
+
     def _my_turn(self, ticket: Ticket, deadline: float) -> bool:
         """Wait until this thread should read; False when the reply is there, or nothing until the deadline."""
         with self._changed:

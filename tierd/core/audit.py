@@ -6,20 +6,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.core.index import Index
-from tierd.core.plan import TIERS, UPPER, Slots, Transfer
-from tierd.core.pool import FILLING, READY, Pool
+from tierd.core.ladder import Ladder
+from tierd.core.plan import Slots, Transfer
+from tierd.core.pool import FILLING, READY
 from tierd.core.session import Session
 
 
-def audit(index: Index, pools: list[Pool], sessions: list[Session], transfers: list[Transfer]) -> None:
+def audit(index: Index, ladder: Ladder, sessions: list[Session], transfers: list[Transfer]) -> None:
     """Raise AssertionError at the first thing that is wrong: every part is checked by itself, then against the others."""
     index.check()
     for session in sessions:
         session.check()
-    for tier, pool in enumerate(pools):
+    for tier, (name, pool) in enumerate(zip(ladder.names, ladder.pools, strict=True)):
         pool.check()
-        name = TIERS[tier]
-        users, fillers = _users(tier, len(pool.users), sessions, transfers)
+        users, fillers = _users(tier, name, len(pool.users), sessions, transfers)
         wrong = np.flatnonzero(users != pool.users)
         assert not len(wrong), f"{name} slots {wrong[:8]} have users {pool.users[wrong[:8]]}, not {users[wrong[:8]]}"
         filling = np.setdiff1d(np.flatnonzero(pool.state == FILLING), fillers)
@@ -31,21 +31,24 @@ def audit(index: Index, pools: list[Pool], sessions: list[Session], transfers: l
         assert not len(stray), f"{name} slots {stray[:8]} are ready or in the tree, but not both"
 
 
-def _users(tier: int, slots: int, sessions: list[Session], transfers: list[Transfer]) -> tuple[NDArray[np.int32], Slots]:
-    """By slot (of `slots`): how many leases and transfers use it; and the slots that somebody fills."""
+def _users(
+    tier: int, name: str, slots: int, sessions: list[Session], transfers: list[Transfer]
+) -> tuple[NDArray[np.int32], Slots]:
+    """By slot (of `slots`): how many leases, pages and transfers use it; and the slots that somebody fills."""
     used: list[Slots] = [np.empty(0, np.int32)]
     filled: list[Slots] = [np.empty(0, np.int32)]
     for session in sessions:
         for lease in session.leases.values():
-            used.append(lease.upper if tier == UPPER else lease.lower)
-            if lease.writing and tier == UPPER:
-                filled.append(lease.upper)
-        if tier == UPPER:
-            used.append(session.restored)
+            used.append(lease.slots[tier])
+            if lease.writing and tier == session.tier:
+                filled.append(lease.here)
+        if tier == session.tier:
+            used += session.used()
+            filled.append(session.all_pages())
     for transfer in transfers:
-        if transfer.source == TIERS[tier]:
+        if transfer.source == name:
             used.append(transfer.source_slots)
-        else:
+        elif transfer.target == name:
             used.append(transfer.target_slots)
             filled.append(transfer.target_slots)
     all_used = np.concatenate(used)

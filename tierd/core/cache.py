@@ -1,12 +1,13 @@
 """The cache of one namespace: every decision about its blocks, and nothing else.
 
 Plain functions of the state, the request and the time: no await, no clock, no bytes of blocks. What has to be moved is
-put on `planned` for the caller to execute; each transfer ends in `finish`. The two tiers are the mapped one (`upper`:
-clients copy from and to its slots) and, optionally, nvme (`lower`).
+put on `planned` for the caller to execute; each transfer ends in `finish`. A session lives in one of the tiers in memory,
+and is told slots of that one only.
 
-- A lookup leases the longest prefix that is resident in any tier, and starts to promote the first window of what is
-  only below.
-- A store leases slots for what is new; nobody sees a block before its commit.
+- A lookup leases the longest prefix that is resident in any tier, and starts to bring the first window of what is
+  elsewhere to the session's tier.
+- A store leases slots for what is new; nobody sees a block before its commit. Sessions of the paged tier may also
+  reserve pages first and name them when they are full (`pages`).
 - A slot named to a session has the session's holder bit set first, and loses it by release, commit, abort, or the
   session's end.
 """
@@ -14,7 +15,7 @@ clients copy from and to its slots) and, optionally, nvme (`lower`).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Mapping
 from itertools import count as counter
 
 import numpy as np
@@ -23,25 +24,27 @@ from numpy.typing import NDArray
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.audit import audit
 from tierd.core.index import Index, Piece
+from tierd.core.ladder import TIERS, Ladder
+from tierd.core.pages import Pages
 from tierd.core.plan import (
     DEMAND,
     IO_ERROR,
-    LOWER,
     MISMATCH,
     NO_ROOM,
     OK,
     PENDING,
     PREFETCH,
     STORED,
-    UPPER,
     WRITE_BACK,
     Committed,
     Found,
+    Hint,
     Lease,
     Placed,
     Slots,
     Transfer,
     Wait,
+    keep_one,
     leading,
     names,
     nothing,
@@ -49,6 +52,7 @@ from tierd.core.plan import (
 )
 from tierd.core.pool import FILLING, Pool
 from tierd.core.promotion import Promotion
+from tierd.core.publish import parent_piece, positions, publish
 from tierd.core.room import Room
 from tierd.core.session import Session
 from tierd.core.transfers import Transfers
@@ -57,24 +61,25 @@ from tierd.errors import Busy, Gone, Invalid
 
 
 class Cache:
-    """One namespace. `lower` is None without an nvme tier; `window_share` bounds one promotion to a share of the upper
-    tier; `seed` (secret, 64 bits) keeps clients from aiming at the index's hash table.
+    """One namespace, over the pools of its tiers by name, top first.
+
+    `window_share` bounds one promotion to a share of the tier that it goes to; without `write_back` nothing goes to nvme;
+    `seed` (secret, 64 bits) keeps clients from aiming at the index's hash table.
     """
 
     def __init__(
-        self, upper: Pool, lower: Pool | None, *, window_share: float = 0.25, write_back: bool = True, seed: int = 0
+        self, pools: Mapping[str, Pool], *, window_share: float = 0.25, write_back: bool = True, seed: int = 0
     ) -> None:
-        self.pools = [upper] if lower is None else [upper, lower]
-        self.upper, self.lower = upper, lower
-        self.index = Index(len(self.pools), seed)
+        self.ladder = ladder = Ladder(pools)
+        self.pools = ladder.pools
+        self.index = Index(len(ladder), seed)
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
-        self._room = Room(self.index, self.pools, self.counters)
-        self._transfers = Transfers(self.pools)
-        self._promotion = Promotion(self.index, self.pools, self._room, self._transfers, window_share)
-        self.write_back = WriteBack(
-            self.index, self.pools, self._room, self._transfers, self.counters, write_back and lower is not None
-        )
+        self._room = Room(self.index, ladder, self.counters)
+        self._transfers = Transfers(ladder)
+        self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share)
+        self.write_back = WriteBack(self.index, ladder, self._room, self._transfers, self.counters, write_back)
+        self.pages = Pages(self.index, self._room, self.write_back, self.counters)
         self._pending: dict[bytes, Lease] = {}
         """Blocks that are being written, with the leases under which they are."""
         self._ids = counter(1)
@@ -91,10 +96,10 @@ class Cache:
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
-    def open_session(self, session_id: int, bit: int) -> Session:
-        """Enter a client; `bit` is its bit in the holders column."""
-        assert session_id not in self.sessions
-        session = self.sessions[session_id] = Session(session_id, bit, self.pools)
+    def open_session(self, session_id: int, bit: int, tier: int) -> Session:
+        """Enter a client of a mapped tier; `bit` is its bit in the holders column."""
+        assert session_id not in self.sessions and tier in self.ladder.mapped
+        session = self.sessions[session_id] = Session(session_id, bit, tier, self.ladder)
         return session
 
     def close_session(self, session_id: int) -> None:
@@ -102,34 +107,45 @@ class Cache:
         session = self.sessions.pop(session_id)
         for lease in list(session.leases.values()):
             self._end_lease(session, lease)
+        session.drop(session.all_pages())
         session.forget_restored()
 
-    def restore_session(self, session_id: int, bit: int, slots: Slots) -> None:
+    def restore_session(self, session_id: int, bit: int, tier: int, slots: Slots) -> None:
         """Recovery found `slots` with this holder bit: they wait until the session resumes or its process is gone."""
-        self.open_session(session_id, bit).restore(slots)
+        self.open_session(session_id, bit, tier).restore(slots)
 
-    def resume(self, session_id: int, held: Slots) -> int:
-        """A client says which slots it still copies from or to; all else that it was told is free. Returns a lease on
-        them or 0.
+    def resume(self, session_id: int, held: Slots, writing: NDArray[np.bool_]) -> int:
+        """A client says which slots it still reads from or (bool per slot) writes to; all else that it was told is free.
+
+        Returns a lease on them or 0. What a paged session holds are pages, each as often as it says: no lease.
         """
         session = self.sessions[session_id]
         kept = np.unique(held)
         mine = np.union1d(session.restored, np.flatnonzero(session.told))
         if len(strangers := np.setdiff1d(kept, mine)):
             raise Invalid(f"resume: slot {strangers[0]} was never told to this session; say only what it was told")
-        old = list(session.leases.values())
-        lease_id = 0
-        if len(kept):  # told again before the old leases let go, so that the bits never clear
-            everything = np.ones(len(kept), np.bool_)
-            lease = Lease(next(self._ids), session_id, ROOT, b"", kept, nothing(len(kept)), len(kept), everything)
-            self.upper.use(kept)
-            session.tell(kept)
-            session.leases[lease.id] = lease
-            lease_id = lease.id
+        old, old_pages, lease_id = list(session.leases.values()), session.all_pages(), 0
+        if session.paged:  # told again before the old leases let go, so that the bits never clear
+            session.hold_again(held)
+        elif len(kept):
+            lease_id = self._lease_resumed(session, kept)
         for held_before in old:
             self._end_lease(session, held_before)
+        session.drop(old_pages)
         session.forget_restored()
+        if session.paged:
+            session.pool.fill_again(np.unique(held[writing]))
         return lease_id
+
+    def _lease_resumed(self, session: Session, slots: Slots) -> int:
+        rows = np.full((len(self.pools), len(slots)), -1, np.int32)
+        rows[session.tier] = slots
+        everything = np.ones(len(slots), np.bool_)
+        lease = Lease(next(self._ids), session.id, session.tier, ROOT, b"", rows, len(slots), everything)
+        session.pool.use(slots)
+        session.tell(slots)
+        session.leases[lease.id] = lease
+        return lease.id
 
     # -- lookup, load, release ----------------------------------------------------------------------------------------
 
@@ -138,50 +154,51 @@ class Cache:
         window.
         """
         session = self.sessions[session_id]
+        tier, pool = session.tier, session.pool
         slots, pieces = self._resident(hashes, parent)
-        upper, blocks = slots[UPPER], slots.shape[1]
-        is_up = upper >= 0
-        up = int(np.count_nonzero(is_up))
-        tiers = self._attribute(hashes, blocks, up)
+        here, blocks = slots[tier], slots.shape[1]
+        is_here = here >= 0
+        tiers = self._attribute(hashes, slots, is_here if tier == 0 else slots[0] >= 0)
         if not blocks:
-            return Found(0, 0, 0, upper, tiers)
+            return Found(0, 0, 0, here, tiers)
         self.index.touch(pieces, now)
-        told, lower = blocks, nothing(blocks)
-        if up < blocks:  # behind what is told, hold lower copies where there are any: the upper ones stay evictable
-            told = min(int(is_up.argmin()), self._told_max)
-            lower[told:] = slots[LOWER, told:]
-            upper[told:][lower[told:] >= 0] = -1
-            self.upper.use(upper[upper >= 0])
-            self.pools[LOWER].use(lower[lower >= 0])
-        else:
-            self.upper.use(upper)
-        lease = Lease(next(self._ids), session_id, parent, hashes, upper, lower, blocks, np.zeros(blocks, np.bool_))
+        told = blocks
+        if is_here.all():
+            slots[:tier] = slots[tier + 1 :] = -1
+            pool.use(here)
+        else:  # behind what is told, hold copies elsewhere where there are any: those here stay evictable
+            told = min(int(is_here.argmin()), self._told_max(tier))
+            keep_one(slots, tier, told)
+            for below, row in zip(self.pools, slots, strict=True):
+                below.use(row[row >= 0])
+        lease = Lease(next(self._ids), session_id, tier, parent, hashes, slots, blocks, np.zeros(blocks, np.bool_))
         session.leases[lease.id] = lease
         self._tell(session, lease, 0, told, now)
         if told < blocks:
             self._promotion.start(lease, told, DEMAND, now)
-            if not is_up[told] and not self._promotion.coming(lease, told):
+            if not is_here[told] and not self._promotion.coming(lease, told):
                 session.let_go(lease, slice(told, None))  # report no more than can be delivered
                 lease.blocks = told
                 self.counters["lookup_busy",] += 1
                 if not told:
                     del session.leases[lease.id]
-                    return Found(0, 0, 0, upper[:0], tiers)
-        return Found(lease.id, lease.blocks, told, upper[:told].copy(), tiers)
+                    return Found(0, 0, 0, here[:0], tiers)
+        return Found(lease.id, lease.blocks, told, here[:told].copy(), tiers)
 
-    @property
-    def _told_max(self) -> int:
-        """Blocks that a lookup names at once when more are below: what it leaves is a window for these."""
-        return max(self._promotion.window, self.upper.slots - self._promotion.window)
+    def _told_max(self, tier: int) -> int:
+        """Blocks that a lookup names at once when more are elsewhere: what it leaves is a window for these."""
+        window = self._promotion.window(tier)
+        return max(window, self.pools[tier].slots - window)
 
     def load(self, session_id: int, lease_id: int, first: int, count: int, now: int) -> Slots | Wait:
         """Slots of `count` blocks of a lease from `first`, or of fewer, or Wait; raises Gone and Busy."""
         session = self.sessions[session_id]
         lease = session.lease(lease_id, writing=False)
-        if not 0 <= first < len(lease.upper) or count < 1:
-            raise Invalid(f"load: blocks {first} to {first + count} are not in a lease of {len(lease.upper)}")
+        size = lease.slots.shape[1]
+        if not 0 <= first < size or count < 1:
+            raise Invalid(f"load: blocks {first} to {first + count} are not in a lease of {size}")
         last = min(first + count, lease.blocks)
-        if ((lease.upper[first:last] < 0) & (lease.lower[first:last] < 0)).any():
+        if (lease.slots[:, first:last].max(0) < 0).any():
             raise Invalid(f"load: some of blocks {first} to {last} of lease {lease_id} were released before")
         self._promotion.catch_up(lease, first, last)
         end = _risen(lease, first, last)
@@ -189,13 +206,13 @@ class Cache:
             self._promotion.start(lease, end, DEMAND, now)
         if end > first:
             self._tell(session, lease, first, end, now)
-            slots: Slots = lease.upper[first:end].copy()
+            slots: Slots = lease.here[first:end].copy()
             return slots
         if first >= lease.blocks:
             raise Gone(f"block {first} of lease {lease_id} is lost")
         if not (transfer := self._promotion.coming(lease, first)):
             self.counters["load_busy",] += 1
-            raise Busy("all slots of the cpu tier are held; load the blocks you have, release them and ask again")
+            raise Busy("all slots of the tier are held; load the blocks you have, release them and ask again")
         return Wait([transfer])
 
     def release(self, session_id: int, lease_id: int, first: int = 0, count: int | None = None) -> None:
@@ -205,23 +222,22 @@ class Cache:
         if count is None:
             self._end_lease(session, lease)
             return
-        end = min(first + count, len(lease.upper))
+        end = min(first + count, len(lease.told))
         if not 0 <= first < end:
-            raise Invalid(f"release: blocks {first} to {first + count} are not in a lease of {len(lease.upper)}")
+            raise Invalid(f"release: blocks {first} to {first + count} are not in a lease of {len(lease.told)}")
         session.let_go(lease, slice(first, end))
 
-    def prefetch(self, hashes: bytes, parent: bytes, now: int) -> int:
-        """Start to bring the head of a prefix up, without a lease; returns how many blocks are or will be up."""
+    def prefetch(self, tier: int, hashes: bytes, parent: bytes, now: int) -> int:
+        """Start to bring the head of a prefix to a tier, without a lease; returns how many blocks are or will be there."""
         slots, pieces = self._resident(hashes, parent)
-        upper, lower, blocks = slots[UPPER], slots[-1], len(slots[UPPER])
+        blocks = slots.shape[1]
         self.index.touch(pieces, now)
-        first = leading(upper >= 0)
+        first = leading(slots[tier] >= 0)
         if first == blocks:
             return first
-        nobody = Lease(0, 0, parent, hashes, upper, lower, blocks, np.zeros(blocks, np.bool_))
+        nobody = Lease(0, 0, tier, parent, hashes, slots, blocks, np.zeros(blocks, np.bool_))
         self._promotion.start(nobody, first, PREFETCH, now)
-        rising = self._transfers.readers(LOWER, lower) > 0
-        return leading((upper >= 0) | rising)
+        return leading((slots[tier] >= 0) | (self._transfers.arriving(tier, slots) > 0))
 
     # -- store, commit, abort -----------------------------------------------------------------------------------------
 
@@ -237,7 +253,7 @@ class Cache:
                 raise Gone("store: the parent of the first block is not known here; store the chain from its root")
             pieces = []
         codes = np.full(len(hashes) // HASH_BYTES, NO_ROOM, np.int32)
-        for at, piece in _positions(pieces):
+        for at, piece in positions(pieces):
             stored = (piece.node.slots[:, piece.start : piece.end] >= 0).any(0)
             codes[at : at + piece.blocks][stored] = STORED
         wanted = np.flatnonzero(codes == NO_ROOM)
@@ -249,7 +265,7 @@ class Cache:
             codes[wanted[pending]] = PENDING
             wanted = wanted[~pending]
         anchor = self.index.touch(pieces or self._parent_piece(parent), now)
-        taken = self._room.take(UPPER, len(wanted), behind=anchor[-1].node if anchor else None)
+        taken = self._room.take(session.tier, len(wanted), behind=anchor[-1].node if anchor else None)
         if len(taken) < len(wanted):
             self.counters["store_short",] += 1
         if not len(taken):
@@ -257,10 +273,12 @@ class Cache:
         wanted = wanted[: len(taken)]
         codes[wanted] = taken
         run = pick(hashes, wanted)
-        self.upper.begin(taken, run, pick(parent + hashes[:-HASH_BYTES], wanted))
-        self.upper.touched(taken, now)
+        session.pool.begin(taken, run, pick(parent + hashes[:-HASH_BYTES], wanted))
+        session.pool.touched(taken, now)
+        rows = np.full((len(self.pools), len(taken)), -1, np.int32)
+        rows[session.tier] = taken
         everything = np.ones(len(taken), np.bool_)
-        lease = Lease(next(self._ids), session_id, parent, hashes, taken, nothing(0), len(taken), everything, positions=wanted)
+        lease = Lease(next(self._ids), session_id, session.tier, parent, hashes, rows, len(taken), everything, wanted)
         session.leases[lease.id] = lease
         session.tell(taken)
         self._pending.update(dict.fromkeys(names(run), lease))
@@ -270,13 +288,13 @@ class Cache:
         """Publish the first `count` blocks of a writing lease (default: all) and end it; the others are aborted."""
         session = self.sessions[session_id]
         lease = session.lease(lease_id, writing=True)
-        count = len(lease.upper) if count is None else count
-        if not 0 <= count <= len(lease.upper):
-            raise Invalid(f"commit: {count} blocks of a lease of {len(lease.upper)}")
+        count = lease.blocks if count is None else count
+        if not 0 <= count <= lease.blocks:
+            raise Invalid(f"commit: {count} blocks of a lease of {lease.blocks}")
         self._end_writing(session, lease)
-        if count < len(lease.upper):
-            self.upper.give(lease.upper[count:])
-        dropped = self._publish(lease, count, now)
+        if count < lease.blocks:
+            session.pool.give(lease.here[count:])
+        dropped = self._publish(session.pool, lease, count, now)
         return Committed(count - dropped, dropped)
 
     def abort(self, session_id: int, lease_id: int) -> None:
@@ -284,45 +302,27 @@ class Cache:
         session = self.sessions[session_id]
         self._end_lease(session, session.lease(lease_id, writing=True))
 
-    def _publish(self, lease: Lease, count: int, now: int) -> int:
+    def _publish(self, pool: Pool, lease: Lease, count: int, now: int) -> int:
         """Enter the first `count` filled slots of a lease into the tree; returns how many have no place there."""
         assert lease.positions is not None
-        slots, positions = lease.upper[:count], lease.positions[:count]
-        total = int(positions[-1]) + 1 if count else 0
+        slots, at = lease.here[:count], lease.positions[:count]
+        total = int(at[-1]) + 1 if count else 0
         hashes = lease.hashes[: total * HASH_BYTES]
-        pieces = self.index.match(hashes, lease.parent)
-        if pieces is None or not count:
-            self.upper.give(slots)
+        alive = pool.state[slots] == FILLING  # the others are in a segment that is being given up
+        offered = nothing(total)
+        offered[at[alive]] = slots[alive]
+        placed = publish(self.index, lease.tier, lease.parent, hashes, offered, now) if count else None
+        if placed is None:
+            pool.give(slots)
             self.counters["commit_orphans",] += count
             return count
-        alive = self.upper.state[slots] == FILLING  # the others are in a segment that is being given up
-        row = nothing(total)
-        row[positions[alive]] = slots[alive]
-        dropped = count - int(alive.sum())
-        anchor = self.index.touch(pieces or self._parent_piece(lease.parent), now)
-        known = 0
-        for known, piece in _positions(anchor if pieces else []):
-            here = piece.node.slots[UPPER, piece.start : piece.end]
-            part = row[known : known + piece.blocks]
-            part[here >= 0] = -1  # somebody else was faster
-            if part.max() >= 0:
-                self.index.assign(UPPER, piece, np.where(here >= 0, here, part))
-            known += piece.blocks
-        new = known + self.index.count_new(hashes[known * HASH_BYTES :])
-        dropped = count - int(alive.sum()) + int((row[new:] >= 0).sum())
-        filled = np.flatnonzero(row[:new] >= 0)
-        self.upper.ready(row[filled])
-        if len(filled) < count:
-            self.upper.give(np.setdiff1d(slots, row[filled]))
-        if len(filled) and filled[-1] >= known:
-            end = int(filled[-1]) + 1
-            rows = np.full((len(self.pools), end - known), -1, np.int32)
-            rows[UPPER] = row[known:end]
-            node = anchor[-1].node if anchor else self.index.root
-            self.index.extend(node, hashes[known * HASH_BYTES : end * HASH_BYTES], rows, now)
-        if len(filled):
-            self.write_back.push(lease.parent, hashes)
-        if dropped:
+        entered = placed[at] == slots
+        pool.ready(slots[entered])
+        self.write_back.push(lease.tier, lease.parent, hashes)
+        if entered.all():
+            return 0
+        pool.give(slots[~entered])
+        if dropped := int(((placed[at] < 0) | ~alive).sum()):
             self.counters["commit_misplaced",] += dropped
         return dropped
 
@@ -330,21 +330,35 @@ class Cache:
         del session.leases[lease.id]
         for block in names(lease.filled()):
             del self._pending[block]
-        session.untell(lease.upper)
+        session.untell(lease.here)
 
     def _end_lease(self, session: Session, lease: Lease) -> None:
         if lease.writing:
             self._end_writing(session, lease)
-            self.upper.give(lease.upper)
+            session.pool.give(lease.here)
         else:
             del session.leases[lease.id]
             session.let_go(lease, slice(None))
 
+    # -- pages --------------------------------------------------------------------------------------------------------
+
+    def reserve(self, session_id: int, count: int, now: int) -> Slots:
+        """Up to `count` pages to fill, for blocks whose hashes do not exist yet; raises Busy when there is none."""
+        return self.pages.reserve(self.sessions[session_id], count, now)
+
+    def commit_pages(self, session_id: int, slots: Slots, parents: bytes, hashes: bytes, now: int) -> Slots:
+        """Name reserved pages; returns a code or the slot of a duplicate for each (see Pages.commit)."""
+        return self.pages.commit(self.sessions[session_id], slots, parents, hashes, now)
+
+    def release_pages(self, session_id: int, slots: Slots, hint: Hint) -> None:
+        """End a session's hold on pages, once for each time that they are named."""
+        self.pages.release(self.sessions[session_id], slots, hint)
+
     # -- moving -------------------------------------------------------------------------------------------------------
 
-    def plan_write_back(self, blocks_max: int) -> bool:
-        """Plan one transfer of at most `blocks_max` blocks to nvme; False when nothing can be planned now."""
-        return self.write_back.plan(blocks_max)
+    def plan_write_back(self, target: int, blocks_max: int) -> bool:
+        """Plan one transfer of at most `blocks_max` blocks down to a tier; False when nothing can be planned now."""
+        return self.write_back.plan(target, blocks_max)
 
     def finish(self, transfer: Transfer, outcome: NDArray[np.uint8], now: int) -> None:
         """A transfer has ended: `outcome` (uint8 per block: OK, IO_ERROR, MISMATCH) says what became of each block."""
@@ -361,12 +375,15 @@ class Cache:
         good = outcome == OK
         for name, code in (("io_error", IO_ERROR), ("mismatch", MISMATCH)):
             self.counters["failed", name, transfer.reason] += int((outcome == code).sum())
-        if transfer.reason == WRITE_BACK:
+        source, target = self.ladder.place(transfer.source), self.ladder.place(transfer.target)
+        if target == self.ladder.closed:
             self.write_back.finish(transfer, good, now)
         else:
             self._promotion.finish(transfer, good)
-            if not good.all():
-                self._promotion.distrust(transfer, transfer.source_slots[~good])
+        if source == self.ladder.closed and not good.all():
+            self._promotion.distrust(transfer, ~good)
+        if transfer.reason == WRITE_BACK:
+            self.write_back.push(target, transfer.parents[:HASH_BYTES], transfer.hashes)
         self._transfers.end(transfer)
 
     def vacate(self, tier: int, ordinal: int) -> None:
@@ -384,12 +401,17 @@ class Cache:
         blocks = leading(slots.max(0) >= 0)
         if blocks == slots.shape[1]:
             return slots, pieces
-        kept = [piece._replace(blocks=min(piece.blocks, blocks - at)) for at, piece in _positions(pieces) if at < blocks]
+        kept = [piece._replace(blocks=min(piece.blocks, blocks - at)) for at, piece in positions(pieces) if at < blocks]
         return slots[:, :blocks], kept
 
-    def _attribute(self, hashes: bytes, blocks: int, up: int) -> dict[str, int]:
-        """Where each block asked for is; the values sum to their number."""
-        asked = len(hashes) // HASH_BYTES
+    def _attribute(self, hashes: bytes, slots: Slots, on_top: NDArray[np.bool_]) -> dict[str, int]:
+        """Where the highest copy of each block asked for is; the values sum to their number."""
+        asked, blocks = len(hashes) // HASH_BYTES, slots.shape[1]
+        found = dict.fromkeys(TIERS, 0)
+        found[self.ladder.names[0]] = rest = int(np.count_nonzero(on_top))
+        if rest < blocks:
+            for name, number in zip(self.ladder.names, np.bincount((slots >= 0).argmax(0)).tolist(), strict=False):
+                found[name] = number
         pending = 0
         while self._pending and blocks + pending < asked:
             at = (blocks + pending) * HASH_BYTES
@@ -397,7 +419,7 @@ class Cache:
                 break
             pending += 1
         miss = asked - blocks - pending
-        tiers = {"gpu": 0, "cpu": up, "nvme": blocks - up, "remote": 0, "pending": pending, "miss": miss}
+        tiers = {**found, "remote": 0, "pending": pending, "miss": miss}
         for tier, number in tiers.items():
             if number:
                 self.counters["lookup", tier] += number
@@ -411,15 +433,14 @@ class Cache:
             if pieces := self.index.match(lease.hashes, lease.parent):
                 return pieces
             parent = lease.parent
-        entry = self.index.find(parent) if parent != ROOT else None
-        return [Piece(entry[0], 0, entry[1] + 1)] if entry else []
+        return parent_piece(self.index, parent)
 
     def _tell(self, session: Session, lease: Lease, first: int, end: int, now: int) -> None:
         """Name the slots of blocks [first, end) of a reading lease to its session, unless that was done before."""
         told = lease.told[first:end]
-        slots = lease.upper[first:end][~told] if told.any() else lease.upper[first:end]
+        slots = lease.here[first:end][~told] if told.any() else lease.here[first:end]
         told[:] = True
-        self.upper.touched(slots, now)
+        session.pool.touched(slots, now)
         session.tell(slots)
 
     def check(self) -> None:
@@ -427,17 +448,9 @@ class Cache:
         leases = [lease for session in self.sessions.values() for lease in session.leases.values()]
         named = [block for lease in leases for block in names(lease.filled())]
         assert sorted(named) == sorted(self._pending), "pending blocks are not those of the writing leases"
-        audit(self.index, self.pools, list(self.sessions.values()), list(self.transfers.values()))
-
-
-def _positions(pieces: list[Piece]) -> Iterator[tuple[int, Piece]]:
-    """Pieces of one chain with the position of their first block."""
-    at = 0
-    for piece in pieces:
-        yield at, piece
-        at += piece.blocks
+        audit(self.index, self.ladder, list(self.sessions.values()), list(self.transfers.values()))
 
 
 def _risen(lease: Lease, first: int, end: int) -> int:
-    """The first block in [first, end) that is not up yet, or `end`."""
-    return first + leading(lease.upper[first:end] >= 0)
+    """The first block in [first, end) that is not in the lease's tier yet, or `end`."""
+    return first + leading(lease.here[first:end] >= 0)

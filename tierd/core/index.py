@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
+from tierd.core.plan import Hint
 from tierd.core.policy.lru import Lru
 from tierd.core.table import Cells, Table
 
@@ -34,9 +35,12 @@ NODES_AT_ONCE = 64
 
 
 class Node:
-    """A run of n blocks: hashes (32 n bytes), slots (int32[tiers, n]), cells (int32[n]: their places in the table)."""
+    """A run of n blocks: hashes (32 n bytes), slots (int32[tiers, n]), cells (int32[n]: their places in the table).
 
-    __slots__ = ("cells", "children", "hashes", "id", "last_use", "parent", "slots", "uses")
+    `hint` is what an engine said last when it let go of the run's end, for policies.
+    """
+
+    __slots__ = ("cells", "children", "hashes", "hint", "id", "last_use", "parent", "slots", "uses")
 
     def __init__(self, node_id: int, hashes: bytes, slots: Slots, cells: Cells, parent: Node | None) -> None:
         self.id = node_id
@@ -47,6 +51,7 @@ class Node:
         self.children: dict[bytes, Node] | None = None
         self.last_use = 0
         self.uses = 0
+        self.hint: Hint | None = None
 
     def __len__(self) -> int:
         return len(self.hashes) // HASH_BYTES
@@ -282,7 +287,7 @@ class Index:
         top.hashes = b"".join([node.hashes for node in group])
         top.slots = np.concatenate([node.slots for node in group], axis=1)
         top.cells = np.concatenate([node.cells for node in group])
-        top.children = group[-1].children
+        top.children, top.hint = group[-1].children, group[-1].hint
         for child in (top.children or {}).values():
             child.parent = top
         self._enlist(top)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +12,17 @@ from tierd.block import HASH_BYTES
 
 Slots = NDArray[np.int32]
 
-UPPER, LOWER = 0, 1
-TIERS = ("cpu", "nvme")
-"""The mapped tier (clients copy from and to its slots) and, optionally, the one below."""
-
 STORED, PENDING, NO_ROOM = -1, -2, -3
 """Instead of a slot number in the answer to `store`."""
 
+NAMED, UNNAMED = -1, -2
+"""Instead of a slot number in the answer to `commit_pages`: the page is that block now, or stays reserved."""
+
 OK, IO_ERROR, MISMATCH = 0, 1, 2
 """Outcome of one block of a transfer."""
+
+TURN_ENDS = ("tool_use", "end_turn", "stop", "length", "abort")
+"""Why a turn can have ended when an engine lets go of its pages."""
 
 DEMAND, PREFETCH, WRITE_BACK = "demand", "prefetch", "write_back"
 REASONS = (DEMAND, PREFETCH, WRITE_BACK)
@@ -30,19 +33,26 @@ REASONS = (DEMAND, PREFETCH, WRITE_BACK)
 class Lease:
     """A session's claim on n consecutive blocks.
 
-    Reading: `upper` are slots of the mapped tier (-1: only below, or released), `lower` those of nvme that it holds
-    instead. Writing: `upper` are the slots to fill and `positions` says which blocks of `hashes` they are for.
+    `slots` (int32[tiers, n]) are the copies that it holds, at most one of each block: in the session's `tier`, or in
+    another one until it has come (-1 everywhere: released). Writing: the slots of `tier` are to be filled, and
+    `positions` says which blocks of `hashes` they are for.
     """
 
     id: int
     session: int
+    tier: int
     parent: bytes
     hashes: bytes
-    upper: Slots
-    lower: Slots
+    slots: Slots
     blocks: int
     told: NDArray[np.bool_]
     positions: NDArray[np.intp] | None = None
+
+    @property
+    def here(self) -> Slots:
+        """Its slots of the session's tier (a view)."""
+        row: Slots = self.slots[self.tier]
+        return row
 
     @property
     def writing(self) -> bool:
@@ -68,8 +78,8 @@ class Transfer:
     target_slots: Slots
     hashes: bytes
     parents: bytes
-    leases: list[Lease] = field(default_factory=list)
-    """Who waits for the blocks."""
+    waiting: dict[Lease, NDArray[np.intp]] = field(default_factory=dict)
+    """Who waits for the blocks: which block of the lease each one is, or -1."""
     behind: int = 0
     """The transfer that writes the parent of the first block, and has to be entered before; 0: the parent is there."""
     held_up: list[tuple[Transfer, NDArray[np.uint8]]] = field(default_factory=list)
@@ -113,6 +123,13 @@ class Committed:
     dropped: int
 
 
+class Hint(NamedTuple):
+    """What an engine said when it let go of pages: why the turn ended, and whose it was."""
+
+    turn: str | None
+    conversation: str | None
+
+
 def nothing(blocks: int) -> Slots:
     """No slot, for each of n blocks (int32[n] of -1)."""
     slots = np.empty(blocks, np.int32)
@@ -133,6 +150,25 @@ def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
     return np.frombuffer(hashes, "V32")[positions].tobytes()
 
 
+def any_of(rows: Slots | list[Slots]) -> NDArray[np.bool_]:
+    """Which blocks are in any of these tiers (int32[n] each, at least one): cheaper than a maximum over so few rows."""
+    there: NDArray[np.bool_] = rows[0] >= 0
+    for row in rows[1:]:
+        there = there | (row >= 0)
+    return there
+
+
 def leading(good: NDArray[np.bool_]) -> int:
     """How many leading elements are true."""
     return len(good) if good.all() else int(good.argmin())
+
+
+def keep_one(slots: Slots, tier: int, told: int) -> None:
+    """Of the copies of each block (int32[tiers, n]) keep the one in `tier` for the first `told`, else the lowest of those
+    elsewhere.
+    """
+    there = slots[:, told:] >= 0
+    there[tier] &= np.count_nonzero(there, axis=0) == 1
+    kept = np.full(slots.shape[1], tier)
+    kept[told:] = len(slots) - 1 - there[::-1].argmax(0)
+    slots[np.arange(len(slots))[:, None] != kept] = -1

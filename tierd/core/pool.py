@@ -35,6 +35,7 @@ class Directory(Protocol):
     def ready(self, slots: Slots) -> None: ...
     def free(self, slots: Slots) -> None: ...
     def touch(self, slots: Slots, last_use: NDArray[np.uint64] | int, use_counts: NDArray[np.uint32] | int) -> None: ...
+    def hashes(self, slots: Slots) -> bytes: ...
 
 
 class Pool:
@@ -62,9 +63,14 @@ class Pool:
         """Slots of all segments that are not being given up."""
         return (len(self.segments) - len(self.closing)) * self.slots_per_segment
 
-    def add_segment(self, directory: Directory, now: int) -> int:
-        """Add a segment of free slots; returns its ordinal."""
-        ordinal = next(at for at in range(len(self.segments) + 1) if at not in self.segments)
+    @property
+    def next_ordinal(self) -> int:
+        """The lowest one that no segment has."""
+        return next(at for at in range(len(self.segments) + 1) if at not in self.segments)
+
+    def add_segment(self, directory: Directory, now: int, ordinal: int | None = None) -> int:
+        """Add a segment of free slots, under a certain ordinal if that is free; returns its ordinal."""
+        ordinal = self.next_ordinal if ordinal is None or ordinal in self.segments else ordinal
         first, last = ordinal * self.slots_per_segment, (ordinal + 1) * self.slots_per_segment
         if last > len(self.users):
             grown = max(last, 2 * len(self.users))
@@ -131,6 +137,18 @@ class Pool:
         """The filler gives its slots back unwritten, or with bytes that nobody may see."""
         self.state[slots] = RETIRED
         self.unuse(slots)
+
+    def fill_again(self, slots: Slots) -> None:
+        """Those of these slots that are only waited for, by one user, are filled by it, unnamed as when they were taken."""
+        closing = np.isin(slots // self.slots_per_segment, list(self.closing))
+        slots = slots[(self.state[slots] == RETIRED) & (self.users[slots] == 1) & ~closing]
+        self.state[slots] = FILLING
+        for ordinal, local, _ in self.by_segment(slots):
+            self.segments[ordinal].free(local)
+
+    def hashes(self, slots: Slots) -> bytes:
+        """The blocks that are ready in these slots of a memory tier, packed in the order of their segments."""
+        return b"".join(self.segments[ordinal].hashes(local) for ordinal, local, _ in self.by_segment(slots))
 
     def retire(self, slots: Slots) -> None:
         """The blocks left the index: free at once what nobody uses, the rest with its last user."""

@@ -1,8 +1,9 @@
-"""Promotion: copying up what leases wait for, window by window, so that a prefix may be longer than the tier above.
+"""Promotion: copying to a session's tier what its leases wait for, window by window, so that a prefix may be longer than
+the tier.
 
-A window is bounded by a share of the upper tier, and moved in transfers of `TRANSFER_BLOCKS_MAX` blocks, head first, so
-that the first blocks can be loaded while the others are on their way. A block that is on its way already is waited for,
-not moved again.
+A window is bounded by a share of the tier, and moved in transfers of `TRANSFER_BLOCKS_MAX` blocks, head first, so that
+the first blocks can be loaded while the others are on their way. Each block is read from the closest copy that there
+is; one that is on its way already is waited for, not moved again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
 from tierd.core.index import Index
-from tierd.core.plan import LOWER, UPPER, Lease, Slots, Transfer, leading, pick
-from tierd.core.pool import FILLING, READY, Pool
+from tierd.core.ladder import Ladder
+from tierd.core.plan import Lease, Slots, Transfer, leading, pick
+from tierd.core.pool import FILLING
 from tierd.core.room import Room
 from tierd.core.transfers import Transfers
 
@@ -23,116 +25,126 @@ WINDOW_BLOCKS_MAX = 1024
 
 
 class Promotion:
-    """Moves blocks from the lower to the upper tier; `window_share` bounds a window to a share of the upper tier."""
+    """Moves blocks into mapped tiers; `window_share` bounds a window to a share of the tier."""
 
-    def __init__(self, index: Index, pools: list[Pool], room: Room, transfers: Transfers, window_share: float) -> None:
-        self._index, self._pools, self._room, self._transfers = index, pools, room, transfers
+    def __init__(self, index: Index, ladder: Ladder, room: Room, transfers: Transfers, window_share: float) -> None:
+        self._index, self._ladder, self._pools = index, ladder, ladder.pools
+        self._room, self._transfers = room, transfers
         self._window_share = window_share
 
-    @property
-    def window(self) -> int:
-        """Blocks that one lease may have on their way up."""
-        return max(1, min(WINDOW_BLOCKS_MAX, int(self._pools[UPPER].slots * self._window_share)))
+    def window(self, tier: int) -> int:
+        """Blocks that one lease may have on their way to a tier."""
+        return max(1, min(WINDOW_BLOCKS_MAX, int(self._pools[tier].slots * self._window_share)))
 
     def start(self, lease: Lease, first: int, reason: str, now: int) -> None:
-        """Bring the window of a lease from block `first` up, as far as there is room.
+        """Bring the window of a lease from block `first` to its tier, as far as there is room.
 
-        A block that was lost below meanwhile ends the lease's blocks. A lease without an id is only planned for: prefetch.
+        A block that is nowhere any more ends the lease's blocks. A lease without an id is only planned for: prefetch.
         """
-        end = min(first + self.window, lease.blocks)
-        missing = first + np.flatnonzero((self._above(lease, first, end) < 0) & (lease.lower[first:end] >= 0))
-        if not len(missing):  # as always where there is no lower tier
+        end = min(first + self.window(lease.tier), lease.blocks)
+        copies, held = self._copies(lease, first, end), lease.slots[:, first:end]
+        missing = (copies[lease.tier] < 0) & (held[lease.tier] < 0) & (held.max(0, initial=-1) >= 0)
+        if not missing.any():  # as always where there is one tier only
             return
-        lost = missing[self._pools[LOWER].state[lease.lower[missing]] != READY]
-        if len(lost):
-            lease.blocks = int(lost[0])
-            missing = missing[missing < lost[0]]
-        readers = self._transfers.readers(LOWER, lease.lower[missing])
-        coming = np.unique(readers[readers > 0]).tolist() + self._plan(lease, missing[readers == 0], reason, now)
-        for transfer in coming if lease.id else ():
-            self._transfers.join(transfer, lease)
+        lost = missing & (copies.max(0) < 0)
+        if lost.any():
+            lease.blocks = first + int(lost.argmax())
+            missing[int(lost.argmax()) :] = False
+        coming = np.where(missing, self._transfers.arriving(lease.tier, copies), 0)
+        self._plan(lease, first, copies, np.flatnonzero(missing & (coming == 0)), reason, now)
+        for number in np.unique(coming[coming > 0]).tolist() if lease.id else ():
+            transfer = self._transfers.running[number]
+            blocks = np.flatnonzero(coming == number)
+            source = self._ladder.place(transfer.source)
+            self._transfers.join(transfer, lease, first + blocks, copies[source, blocks])
 
     def catch_up(self, lease: Lease, first: int, end: int) -> None:
-        """Take over the leading blocks of [first, end) that have come up since the lease was made.
+        """Take over the leading blocks of [first, end) that have come since the lease was made.
 
         No more than these: what a lease does not hold can make room for what it waits for.
         """
-        above = self._above(lease, first, end)
-        above = above[: leading(above >= 0)]
-        end = first + len(above)
-        risen = np.flatnonzero((lease.upper[first:end] < 0) & (lease.lower[first:end] >= 0))
-        if len(risen):
-            self._hand_over(lease, first + risen, above[risen])
+        here = lease.here[first:end]
+        if len(here) and here.min() < 0:
+            there = self._copies(lease, first, end)[lease.tier]
+            there = there[: leading((there >= 0) | (here >= 0))]
+            held = lease.slots[:, first : first + len(there)].max(0, initial=-1) >= 0
+            risen = np.flatnonzero((here[: len(there)] < 0) & held)
+            self._hand_over(lease, first + risen, there[risen])
 
     def coming(self, lease: Lease, block: int) -> int:
-        """The transfer that brings a block up that is only below; 0: none."""
-        return int(self._transfers.readers(LOWER, lease.lower[block : block + 1])[0])
+        """The transfer that brings a block that is not in the lease's tier; 0: none."""
+        return int(self._transfers.arriving(lease.tier, self._copies(lease, block, block + 1))[0])
 
     def finish(self, transfer: Transfer, good: NDArray[np.bool_]) -> None:
-        """Blocks have come up (bool per block): into the tree, and to the leases that wait for them."""
-        upper, source, target = self._pools[UPPER], transfer.source_slots, transfer.target_slots
+        """Blocks have come to a mapped tier (bool per block): into the tree, and to the leases that wait for them."""
+        tier, target = self._ladder.place(transfer.target), transfer.target_slots
+        pool = self._pools[tier]
         entered = np.zeros(len(good), np.bool_)
-        alive = good & (upper.state[target] == FILLING)
+        alive = good & (pool.state[target] == FILLING)
         for at, piece in self._index.runs(transfer.hashes):
-            here = piece.node.slots[UPPER, piece.start : piece.start + piece.blocks]
+            here = piece.node.slots[tier, piece.start : piece.start + piece.blocks]
             part = alive[at : at + piece.blocks] & (here < 0)
             if part.any():
                 entered[at : at + piece.blocks] = part
-                self._index.assign(UPPER, piece, np.where(part, target[at : at + piece.blocks], here))
-        upper.ready(target[entered])
-        order = np.argsort(source)
-        for lease in transfer.leases:
-            held = np.flatnonzero(lease.lower >= 0)
-            spots = order[np.minimum(np.searchsorted(source, lease.lower[held], sorter=order), len(order) - 1)]
-            mine = (source[spots] == lease.lower[held]) & entered[spots]
-            self._hand_over(lease, held[mine], target[spots[mine]])
-        upper.give(target[~entered])
+                self._index.assign(tier, piece, np.where(part, target[at : at + piece.blocks], here))
+        pool.ready(target[entered])
+        for lease, blocks in transfer.waiting.items():
+            mine = np.flatnonzero(entered & (blocks >= 0))
+            held = lease.slots[:, blocks[mine]].max(0, initial=-1) >= 0
+            mine = mine[held & (lease.here[blocks[mine]] < 0)]
+            self._hand_over(lease, blocks[mine], target[mine])
+        pool.give(target[~entered])
 
-    def distrust(self, transfer: Transfer, bad: Slots) -> None:
+    def distrust(self, transfer: Transfer, bad: NDArray[np.bool_]) -> None:
         """What could not be read as it was written is not there any more; its slots are not used again in this life."""
+        source, slots = self._ladder.place(transfer.source), transfer.source_slots[bad]
         trimmed = []
         for _, piece in self._index.runs(transfer.hashes):
-            offsets = np.flatnonzero(np.isin(piece.node.slots[LOWER], bad))
+            offsets = np.flatnonzero(np.isin(piece.node.slots[source], slots))
             if len(offsets):
-                self._index.clear(LOWER, piece.node, offsets)
+                self._index.clear(source, piece.node, offsets)
                 trimmed.append(piece.node)
-        self._pools[LOWER].quarantine(bad)
+        self._pools[source].quarantine(slots)
         self._index.trim(trimmed)
-        for lease in transfer.leases:
-            lost = np.flatnonzero(np.isin(lease.lower, bad))
+        for lease, blocks in transfer.waiting.items():
+            lost = blocks[bad & (blocks >= 0)]
+            lost = lost[np.isin(lease.slots[source, lost], slots)]
             if len(lost):
-                lease.blocks = min(lease.blocks, int(lost[0]))
+                lease.blocks = min(lease.blocks, int(lost.min()))
 
-    def _plan(self, lease: Lease, blocks: NDArray[np.intp], reason: str, now: int) -> list[int]:
-        """Plan transfers for as many of these blocks as find room."""
-        targets = self._room.take(UPPER, len(blocks))
+    def _plan(self, lease: Lease, first: int, copies: Slots, blocks: NDArray[np.intp], reason: str, now: int) -> None:
+        """Plan transfers for as many of these blocks (counted from `first`) as find room, and let the lease have them."""
+        tier = lease.tier
+        targets = self._room.take(tier, len(blocks))
         blocks = blocks[: len(targets)]
         if not len(blocks):
-            return []
-        hashes, parents = pick(lease.hashes, blocks), pick(lease.parent + lease.hashes[:-HASH_BYTES], blocks)
-        self._pools[UPPER].begin(targets, hashes, parents)
-        self._pools[UPPER].touched(targets, now)
-        ids = []
-        for at in range(0, len(blocks), TRANSFER_BLOCKS_MAX):
-            part, run = (
-                slice(at, at + TRANSFER_BLOCKS_MAX),
-                slice(at * HASH_BYTES, (at + TRANSFER_BLOCKS_MAX) * HASH_BYTES),
-            )
-            sources = lease.lower[blocks[part]]
-            ids.append(self._transfers.plan(reason, LOWER, sources, targets[part], hashes[run], parents[run]).id)
-        return ids
+            return
+        hashes, parents = pick(lease.hashes, first + blocks), pick(lease.parent + lease.hashes[:-HASH_BYTES], first + blocks)
+        self._pools[tier].begin(targets, hashes, parents)
+        self._pools[tier].touched(targets, now)
+        sources = (copies[:, blocks] >= 0).argmax(0)  # the closest: its own tier has none of them
+        cuts = np.flatnonzero(np.diff(sources)) + 1
+        for run_first, run_end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(blocks)], strict=True):
+            source = int(sources[run_first])
+            for at in range(run_first, run_end, TRANSFER_BLOCKS_MAX):
+                end = min(at + TRANSFER_BLOCKS_MAX, run_end)
+                run, slots = slice(at * HASH_BYTES, end * HASH_BYTES), copies[source, blocks[at:end]]
+                transfer = self._transfers.plan(reason, source, tier, slots, targets[at:end], hashes[run], parents[run])
+                if lease.id:
+                    transfer.waiting[lease] = first + blocks[at:end]
 
-    def _above(self, lease: Lease, first: int, end: int) -> Slots:
-        """Where blocks [first, end) of a lease are in the upper tier, whether it holds them there or not."""
-        above: Slots = lease.upper[first:end].copy()
-        if len(above) and above.min() < 0:
-            for at, (node, start, blocks) in self._index.runs(lease.hashes[first * HASH_BYTES : end * HASH_BYTES]):
-                part = above[at : at + blocks]
-                np.copyto(part, node.slots[UPPER, start : start + blocks], where=part < 0)
-        return above
+    def _copies(self, lease: Lease, first: int, end: int) -> Slots:
+        """Where blocks [first, end) of a lease are (int32[tiers, n]), whether it holds them there or not."""
+        copies = np.full((len(self._pools), max(end - first, 0)), -1, np.int32)
+        for at, (node, start, blocks) in self._index.runs(lease.hashes[first * HASH_BYTES : end * HASH_BYTES]):
+            copies[:, at : at + blocks] = node.slots[:, start : start + blocks]
+        return copies
 
     def _hand_over(self, lease: Lease, blocks: NDArray[np.intp], slots: Slots) -> None:
-        """Let a lease hold upper slots instead of lower ones."""
-        self._pools[UPPER].use(slots)
-        self._pools[LOWER].unuse(lease.lower[blocks])
-        lease.upper[blocks], lease.lower[blocks] = slots, -1
+        """Let a lease hold slots of its tier instead of copies elsewhere."""
+        self._pools[lease.tier].use(slots)
+        for tier, pool in enumerate(self._pools):
+            held = lease.slots[tier, blocks]
+            pool.unuse(held[held >= 0])
+        lease.slots[:, blocks] = -1
+        lease.here[blocks] = slots

@@ -44,7 +44,7 @@ class Recovered:
 def recover(cache: Cache, tiers: list[Rows], now: int = FOREVER) -> Recovered:
     """Fill an empty cache whose pools have their segments (all free) from the rows of its tiers.
 
-    What is only in the upper tier is queued for write-back again. Slots that are not kept are freed in the directories;
+    What is in no tier below is queued for write-back again. Slots that are not kept are freed in the directories;
     those that carry holder bits must be restored to their sessions before anything else is asked of the cache. No use is
     later than `now` (ms): recency is outside the rows' crc.
     """

@@ -1,7 +1,7 @@
 """Making room in a tier: which blocks go when slots are wanted, and all that go with a segment.
 
 - Coldest leaf first and from its tail, never a block in use.
-- The lower tier stays prefix-closed: a block goes only when no block behind it is there.
+- A prefix-closed tier stays so: a block goes only when no block behind it is there.
 - For new blocks their ancestors are spared, unless another tier has them too: a chain may be longer than its tier.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.core.index import Index, Node
-from tierd.core.plan import LOWER, TIERS, Slots
-from tierd.core.pool import Pool
+from tierd.core.ladder import Ladder
+from tierd.core.plan import Slots, any_of
 
 QUANTUM = 1024
 """Evict at least this many at a time (or a 64th of the tier), so that the cost per block is an array operation's."""
@@ -23,8 +23,8 @@ QUANTUM = 1024
 class Room:
     """Takes slots of any tier for new blocks, and counts what had to go: clean (another tier has it) or drop."""
 
-    def __init__(self, index: Index, pools: list[Pool], counters: Counter[tuple[str, ...]]) -> None:
-        self._index, self._pools, self._counters = index, pools, counters
+    def __init__(self, index: Index, ladder: Ladder, counters: Counter[tuple[str, ...]]) -> None:
+        self._index, self._ladder, self._pools, self._counters = index, ladder, ladder.pools, counters
 
     def take(self, tier: int, count: int, behind: Node | None = None) -> Slots:
         """Up to `count` slots to fill (int32), evicting if need be; fewer only when nothing more may go.
@@ -48,7 +48,7 @@ class Room:
         gone: dict[Node, None] = {}
         while stack:
             node, offsets = stack.pop()
-            if tier == LOWER:  # what is behind would not survive alone
+            if tier == self._ladder.closed:  # what is behind would not survive alone
                 offsets = np.arange(offsets[0], len(node))
                 stack += [(child, np.arange(len(child))) for child in (node.children or {}).values()]
             offsets = offsets[node.slots[tier, offsets] >= 0]
@@ -94,7 +94,7 @@ class Room:
         row = node.slots[tier]
         offsets: NDArray[np.intp] = (row >= 0).nonzero()[0]
         busy = self._pools[tier].users[row[offsets]] > 0
-        if tier == LOWER:
+        if tier == self._ladder.closed:
             if is_ancestor or any(child.slots[tier, 0] >= 0 for child in (node.children or {}).values()):
                 return offsets[:0]
             return offsets[int(np.flatnonzero(busy)[-1]) + 1 :] if busy.any() else offsets
@@ -104,9 +104,10 @@ class Room:
 
     def _elsewhere(self, node: Node, tier: int) -> NDArray[np.bool_]:
         """Which of the node's blocks have a copy in another tier."""
-        others = [row >= 0 for at, row in enumerate(node.slots) if at != tier]
-        return others[0] if others else np.zeros(len(node), np.bool_)
+        others = [row for at, row in enumerate(node.slots) if at != tier]
+        return any_of(others) if others else np.zeros(len(node), np.bool_)
 
     def _count(self, tier: int, taken: int, clean: int) -> None:
-        self._counters["evicted", TIERS[tier], "clean"] += clean
-        self._counters["evicted", TIERS[tier], "drop"] += taken - clean
+        name = self._ladder.names[tier]
+        self._counters["evicted", name, "clean"] += clean
+        self._counters["evicted", name, "drop"] += taken - clean

@@ -1,9 +1,13 @@
-"""Write-back: copying down what was committed, oldest first and head first.
+"""Write-back: copying down the ladder what was committed, oldest first and head first.
 
-The lower tier survives alone, so a block enters it only when its parent is there. A run that is queued is looked up
-again when its turn comes: what is still in memory is written behind the last block that is below or on its way there,
-and takes ancestors along that were never written. Transfers of one chain may be under way together, but they are
-entered in the order of the chain.
+Each tier but the top one has a queue of runs that are to come to it from above; what has come to a tier goes on to the
+next. A run that is queued is looked up again when its turn comes: what is not there yet is copied, from the lowest tier
+above that has it. What any tier further down has already stays where it is.
+
+A prefix-closed tier survives alone, so a block enters it only when its parent is there: it is written behind the last
+block that is there or on its way, and takes ancestors along that were never written. Transfers of one chain may be
+under way together, but they are entered in the order of the chain. Into other tiers each run goes once, since the
+blocks at its end may drive those at its head out again.
 """
 
 from __future__ import annotations
@@ -15,125 +19,176 @@ from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.index import Index, Node, Piece
-from tierd.core.plan import LOWER, UPPER, WRITE_BACK, Transfer
-from tierd.core.pool import FILLING, Pool
+from tierd.core.ladder import Ladder
+from tierd.core.plan import WRITE_BACK, Slots, Transfer, any_of, leading
+from tierd.core.pool import FILLING
 from tierd.core.room import Room
 from tierd.core.transfers import Transfers
 
 TURNS = 4
-"""The queue remembers as many blocks as fit into the upper tier this many times: older ones are hardly in memory still.
+"""A queue remembers as many blocks as fit into the tiers above this many times: older ones are hardly in memory still.
 """
-
 RUN_BYTES_MAX = 1024 * HASH_BYTES
 """A run that long is not joined with more: it is matched again for each part of it that is planned."""
 
 
+class Queue:
+    """Runs (parent, packed hashes) that are to come to one tier, and the number of their blocks."""
+
+    def __init__(self) -> None:
+        self.runs: deque[tuple[bytes, bytes]] = deque()
+        self.blocks = 0
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def append(self, parent: bytes, hashes: bytes) -> None:
+        """Queue a run behind the others, joined to the last one if it goes on there."""
+        self.blocks += len(hashes) // HASH_BYTES
+        if self.runs and self.runs[-1][1].endswith(parent) and len(self.runs[-1][1]) < RUN_BYTES_MAX:
+            parent, head = self.runs.pop()
+            hashes = head + hashes
+        self.runs.append((parent, hashes))
+
+    def put_back(self, parent: bytes, hashes: bytes) -> None:
+        """A run whose turn is not over yet."""
+        self.runs.appendleft((parent, hashes))
+        self.blocks += len(hashes) // HASH_BYTES
+
+    def pop(self) -> tuple[bytes, bytes]:
+        """Take the oldest run out."""
+        parent, hashes = self.runs.popleft()
+        self.blocks -= len(hashes) // HASH_BYTES
+        return parent, hashes
+
+
 class WriteBack:
-    """Queue of runs (parent, packed hashes) that go to the lower tier; does nothing unless `enabled`."""
+    """One queue for each tier but the top one; without `closes`, none leads to the prefix-closed tier."""
 
     def __init__(
         self,
         index: Index,
-        pools: list[Pool],
+        ladder: Ladder,
         room: Room,
         transfers: Transfers,
         counters: Counter[tuple[str, ...]],
-        enabled: bool,
+        closes: bool,
     ) -> None:
-        self._index, self._pools, self._room, self._transfers = index, pools, room, transfers
-        self._counters, self._enabled = counters, enabled
-        self.queue: deque[tuple[bytes, bytes]] = deque()
-        self.blocks = 0
-        """Blocks of the runs in the queue."""
+        self._index, self._ladder, self._pools = index, ladder, ladder.pools
+        self._room, self._transfers, self._counters = room, transfers, counters
+        lowest = len(ladder) if closes else ladder.closed
+        self.queues = {target: Queue() for target in range(1, lowest)}
+        """By target."""
 
-    def push(self, parent: bytes, hashes: bytes) -> None:
-        """Queue a run, joined to the last one if it goes on there; the oldest ones go when the queue is full, and are
-        counted.
-        """
-        if not self._enabled:
+    def push(self, tier: int, parent: bytes, hashes: bytes) -> None:
+        """Queue a run that is in `tier` now; the oldest ones go when the queue is full, and are counted."""
+        queue = self.queues.get(tier + 1)
+        if queue is None:
             return
-        self.blocks += len(hashes) // HASH_BYTES
-        if self.queue and self.queue[-1][1].endswith(parent) and len(self.queue[-1][1]) < RUN_BYTES_MAX:
-            parent, head = self.queue.pop()
-            hashes = head + hashes
-        self.queue.append((parent, hashes))
-        while self.blocks > TURNS * self._pools[UPPER].slots and len(self.queue) > 1:
-            self._pop()
+        queue.append(parent, hashes)
+        above = sum(pool.slots for pool in self._pools[: tier + 1])
+        while queue.blocks > TURNS * above and len(queue) > 1:
+            queue.pop()
             self._counters["write_back_dropped",] += 1
 
     def push_all(self) -> None:
-        """Queue all that is only above, coldest first (after recovery)."""
-        for node in self._index.orders[UPPER].coldest() if self._enabled else ():
-            if ((node.slots[UPPER] >= 0) & (node.slots[LOWER] < 0)).any():
-                assert node.parent is not None
-                self.push(node.parent.last_hash, node.hashes)
+        """Queue all that is not below, coldest first (after recovery)."""
+        for target in self.queues:
+            for node in self._index.orders[target - 1].coldest():
+                if ((node.slots[target - 1] >= 0) & (node.slots[target:].max(0) < 0)).any():
+                    assert node.parent is not None
+                    self.push(target - 1, node.parent.last_hash, node.hashes)
 
-    def plan(self, blocks_max: int) -> bool:
-        """Plan one transfer of at most `blocks_max` blocks; False when nothing can be planned now."""
-        while self.queue and self._pools[LOWER].slots:
-            if self._plan(*self._pop(), blocks_max):
+    def plan(self, target: int, blocks_max: int) -> bool:
+        """Plan one transfer of at most `blocks_max` blocks to a tier; False when nothing can be planned now.
+
+        What waits for a tier in memory that has no slots goes on to the next one.
+        """
+        queue = self.queues[target]
+        while queue and target in self._ladder.mapped and not self._pools[target].slots:
+            self.push(target, *queue.pop())
+        while queue and self._pools[target].slots:
+            parent, hashes = queue.pop()
+            if self._plan(target, parent, hashes, blocks_max):
                 return True
         return False
 
     def finish(self, transfer: Transfer, good: NDArray[np.bool_], now: int) -> None:
-        """Blocks have been written (bool per block): into the tree, up to the first that failed or lost its parent."""
-        pool, target = self._pools[LOWER], transfer.target_slots
+        """Blocks have come to the prefix-closed tier (bool per block): into the tree, up to the first that failed or lost
+        its parent.
+        """
+        tier, target = self._ladder.closed, transfer.target_slots
+        pool = self._pools[tier]
         entered = np.zeros(len(good), np.bool_)
-        good = good & (pool.state[target] == FILLING)
-        end = len(good) if good.all() else int(good.argmin())
+        end = leading(good & (pool.state[target] == FILLING))
         at = 0
         for node, start, count in self._places(transfer):
-            here = node.slots[LOWER, start : start + min(count, end - at)]
+            here = node.slots[tier, start : start + min(count, end - at)]
             part = here < 0
             if part.any():
                 entered[at : at + len(here)] = part
                 rows = np.where(part, target[at : at + len(here)], here)
-                self._index.assign(LOWER, Piece(node, start, len(here)), rows)
+                self._index.assign(tier, Piece(node, start, len(here)), rows)
             at += len(here)
         pool.enter(target[entered])
         pool.touched(target[entered], now)
         pool.give(target[~entered])
 
-    def _plan(self, parent: bytes, hashes: bytes, blocks_max: int) -> bool:
+    def _plan(self, target: int, parent: bytes, hashes: bytes, blocks_max: int) -> bool:
         """Plan the first part of a run that is neither below nor on its way there; the rest goes back to the queue."""
         pieces = self._index.match(hashes, parent)
         if not pieces:
             return False
-        path = self._unsettled(pieces[-1].node)
-        upper, lower = np.concatenate([node.slots for node in path], axis=1)[:, : sum(map(len, path[:-1])) + pieces[-1].end]
-        writers = np.where(upper >= 0, self._transfers.readers(UPPER, upper), 0)
-        todo = (lower < 0) & (writers == 0)
-        if not todo.any():
+        is_closed = target == self._ladder.closed
+        path = self._unsettled(pieces[-1].node, target) if is_closed else [piece.node for piece in pieces]
+        copies = np.concatenate([node.slots for node in path], axis=1)[:, : sum(map(len, path[:-1])) + pieces[-1].end]
+        above, writers = copies[:target], self._transfers.arriving(target, copies)
+        todo = ~any_of(copies[target:]) & (writers == 0)
+        wanted = todo & any_of(above)
+        start = 0
+        if not is_closed:
+            start = pieces[0].start
+            wanted[:start] = False
+        if not wanted.any():
             return False
-        first = int(todo.argmax())
-        writable = (todo & (upper >= 0))[first : first + blocks_max]
-        count = len(writable) if writable.all() else int(writable.argmin())
+        first = int((todo if is_closed else wanted).argmax())
+        source = target - 1
+        while source and above[source, first] < 0:
+            source -= 1
+        count = leading(wanted[first : first + blocks_max])
+        if len(above) > 1:
+            count = _leading_from(source, above[:, first : first + count])
         if not count:
-            self._counters["write_back_orphans",] += int((todo & (upper >= 0)).sum())
+            self._counters["write_back_orphans",] += int(wanted.sum())
             return False
-        targets = self._room.take(LOWER, count, behind=path[-1])
+        targets = self._room.take(target, count, behind=path[-1])
         if not len(targets):
             self._counters["write_back_short",] += count
+            self.push(target, parent, hashes)
             return False
         end = first + len(targets)
-        if todo[end:].any():
-            self.queue.appendleft((parent, hashes))
-            self.blocks += len(hashes) // HASH_BYTES
-        chain = ROOT + b"".join([node.hashes for node in path])  # a path without a block below starts at the root
+        assert path[0].parent is not None
+        chain = path[0].parent.last_hash + b"".join([node.hashes for node in path])
+        if wanted[end:].any():
+            if not is_closed:
+                parent, hashes = chain[end * HASH_BYTES : (end + 1) * HASH_BYTES], hashes[(end - start) * HASH_BYTES :]
+            self.queues[target].put_back(parent, hashes)
         run, parents = (
             chain[(first + 1) * HASH_BYTES : (end + 1) * HASH_BYTES],
             chain[first * HASH_BYTES : end * HASH_BYTES],
         )
-        transfer = self._transfers.plan(WRITE_BACK, UPPER, upper[first:end], targets, run, parents)
-        transfer.behind = int(writers[first - 1]) if first and lower[first - 1] < 0 else 0
+        if not is_closed:  # whoever writes the prefix-closed tier keeps its directory
+            self._pools[target].begin(targets, run, parents)
+        transfer = self._transfers.plan(WRITE_BACK, source, target, above[source, first:end], targets, run, parents)
+        transfer.behind = int(writers[first - 1]) if is_closed and first and copies[target, first - 1] < 0 else 0
         return True
 
-    def _unsettled(self, node: Node) -> list[Node]:
-        """The node and its ancestors, up to the nearest that starts below: with it all above are below."""
+    def _unsettled(self, node: Node, tier: int) -> list[Node]:
+        """The node and its ancestors, up to the nearest that starts in the tier: with it all above are there."""
         path = []
         for member in self._index.path(node):
             path.append(member)
-            if member.slots[LOWER, 0] >= 0:
+            if member.slots[tier, 0] >= 0:
                 break
         return path[::-1]
 
@@ -141,11 +196,14 @@ class WriteBack:
         """Where the blocks of a transfer are in the tree; nowhere when the first one's parent is not below any more."""
         parent = transfer.parents[:HASH_BYTES]
         entry = self._index.find(parent) if parent != ROOT else None
-        if parent != ROOT and (entry is None or entry[0].slots[LOWER, entry[1]] < 0):
+        if parent != ROOT and (entry is None or entry[0].slots[self._ladder.closed, entry[1]] < 0):
             return []
         return self._index.match(transfer.hashes, parent) or []
 
-    def _pop(self) -> tuple[bytes, bytes]:
-        parent, hashes = self.queue.popleft()
-        self.blocks -= len(hashes) // HASH_BYTES
-        return parent, hashes
+
+def _leading_from(source: int, above: Slots) -> int:
+    """How many leading blocks have their lowest copy in tier `source` of these."""
+    good = above[source] >= 0
+    for row in above[source + 1 :]:
+        good &= row < 0
+    return leading(good)

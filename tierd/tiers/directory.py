@@ -146,6 +146,11 @@ class Directory:
         self.recency["last_use"][at] = last_use
         self.recency["use_count"][at] = use_counts
 
+    def hashes(self, slots: Slots) -> bytes:
+        """The packed hashes of the blocks in ready slots."""
+        hashes: bytes = self.identity["hash"][_indexes(slots)].tobytes()
+        return hashes
+
     def hold(self, slots: Slots, bit: int) -> None:
         """Set a session's holder bit (0 to 63), before the slots are told to it."""
         self.holders[_indexes(slots)] |= np.uint64(1 << bit)

@@ -37,6 +37,8 @@ class HostSegment:
         shape = header.geometry
         self.header = header
         self.directory_fd, self.slots_fd, self.page_kind = directory_fd, slots_fd, page_kind
+        self.kept_as = ""
+        """The name under which a service manager keeps its descriptors, if it does."""
         self.directory = Directory(shared_array(directory_fd, shape.directory_bytes).data, header)
         mapping = shared_array(slots_fd, shape.slots_bytes)
         self.slots: NDArray[np.uint8] = mapping[: shape.slot_count * shape.slot_bytes].reshape(shape.slot_count, -1)
@@ -86,7 +88,7 @@ class HostSegment:
             return cls(header, descriptors[0], slots_fd, page_kind)
         except OSError as error:
             _close_all(descriptors)
-            raise Busy(f"no memory for a segment of {shape.total_bytes} bytes: {error}; lower cpu.bytes") from error
+            raise Busy(f"no memory for a segment of {shape.total_bytes} bytes: {error}; lower the tier's bytes") from error
 
     @classmethod
     def adopt(cls, directory_fd: int, slots_fd: int) -> HostSegment:

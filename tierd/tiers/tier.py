@@ -14,7 +14,7 @@ from tierd.layout import Namespace
 from tierd.tiers.host import HostSegment
 from tierd.tiers.io import IoEngine
 from tierd.tiers.nvme import FileSegment
-from tierd.tiers.segment import Geometry
+from tierd.tiers.segment import Geometry, Medium
 from tierd.tiers.state import StateDirectory
 
 EPOCH = 1
@@ -45,24 +45,31 @@ class Tier(Protocol):
     """One medium: makes segments (HostSegment or FileSegment) of one geometry per namespace."""
 
     name: str
+    medium: Medium
     budget: Budget
 
     def geometry(self, namespace: Namespace) -> Geometry:
         """What every segment of the namespace looks like; raises Invalid when not even one block fits."""
 
-    def create(self, namespace: Namespace) -> Any:
-        """A new segment, its bytes reserved before by the caller; raises Busy when the medium has no room."""
+    def create(self, namespace: Namespace, ordinal: int) -> Any:
+        """A new segment, its bytes reserved before by the caller; raises Busy when the medium has no room.
+
+        Where a segment outlives this process, so does the `ordinal` that it has among those of its namespace.
+        """
 
     def discard(self, segment: Any) -> None:
         """Give a segment's bytes back to the medium."""
 
 
-class CpuTier:
-    """Memory segments. Where a service manager keeps descriptors, segments outlive this process."""
+class MemoryTier:
+    """Memory segments, of the cpu tier or of a gpu tier without a GPU. Where a service manager keeps descriptors, segments
+    outlive this process.
+    """
 
-    name = "cpu"
+    medium = Medium.MEMORY
 
-    def __init__(self, bytes_max: int, segment_bytes: int, huge_pages: str) -> None:
+    def __init__(self, name: str, bytes_max: int, segment_bytes: int, huge_pages: str) -> None:
+        self.name = name
         self.budget = Budget(bytes_max)
         self._segment_bytes = segment_bytes
         self._huge_pages = huge_pages
@@ -71,9 +78,10 @@ class CpuTier:
         """See Tier."""
         return HostSegment.geometry(namespace.layout, self._segment_bytes, self._huge_pages)
 
-    def create(self, namespace: Namespace) -> HostSegment:
+    def create(self, namespace: Namespace, ordinal: int) -> HostSegment:
         """See Tier."""
         segment = HostSegment.create(namespace, self._segment_bytes, EPOCH, self._huge_pages)
+        segment.kept_as = f"segment-{self.name}-{ordinal}-{segment.segment_id.hex()}"
         for name, descriptor in stored_names(segment).items():
             systemd.store(name, [descriptor])
         return segment
@@ -89,6 +97,7 @@ class NvmeTier:
     """File segments in the state directory, moved by an io engine."""
 
     name = "nvme"
+    medium = Medium.FILE
 
     def __init__(self, bytes_max: int, segment_bytes: int, state: StateDirectory, io: IoEngine) -> None:
         self.budget = Budget(bytes_max)
@@ -100,7 +109,7 @@ class NvmeTier:
         """See Tier."""
         return Geometry.fit(namespace.layout, self._segment_bytes)
 
-    def create(self, namespace: Namespace) -> FileSegment:
+    def create(self, namespace: Namespace, ordinal: int) -> FileSegment:
         """See Tier."""
         return FileSegment.create(self.state.folder(namespace), namespace, self._segment_bytes, EPOCH, self.io)
 
@@ -111,5 +120,5 @@ class NvmeTier:
 
 def stored_names(segment: HostSegment) -> dict[str, int]:
     """Under which names a segment's two descriptors are kept by the service manager."""
-    name = segment.segment_id.hex()
-    return {f"segment-{name}-directory": segment.directory_fd, f"segment-{name}-slots": segment.slots_fd}
+    name = segment.kept_as
+    return {f"{name}-directory": segment.directory_fd, f"{name}-slots": segment.slots_fd}

@@ -17,6 +17,8 @@ STORED, PENDING, NO_ROOM = -1, -2, -3
 """Instead of a slot number in the reply to `store`."""
 READING, WRITING = 1, 2
 """Kinds of held records."""
+NAMED, UNNAMED = -1, -2
+"""Instead of a slot number in the reply to `commit_pages`."""
 SEGMENTS_PER_PUSH_MAX = 64
 SLOT_BYTES = 4
 U32_MAX, U64_MAX = (1 << 32) - 1, (1 << 64) - 1
@@ -49,7 +51,10 @@ PARENT = optional(BIN32, ROOT)
 SLOTS = Argument(bytes, 0, U32_MAX, SLOT_BYTES)
 SEGMENTS = Argument(list, 1, SEGMENTS_PER_PUSH_MAX)
 
-HELLO = {"model": NAME, "layout": MAP, "fingerprint": BIN16, "client": TEXT, "domain": optional(NAME)}
+PAGES = Argument(bytes, SLOT_BYTES, U32_MAX, SLOT_BYTES)
+LABEL = Argument(str, 1, 128)
+
+HELLO = {"model": NAME, "layout": MAP, "fingerprint": BIN16, "client": TEXT, "domain": optional(NAME), "tier": optional(NAME)}
 HELD = Struct("<16sII")
 ENVELOPE = {"id": optional(U32, 0), "deadline_ms": optional(U32)}
 """May come with every request."""
@@ -75,6 +80,9 @@ DATA = {
     "store": {"hashes": HASHES, "parent": PARENT},
     "commit": {"lease": U64, "count": optional(U32)},
     "abort": {"lease": U64},
+    "reserve": {"count": COUNT},
+    "commit_pages": {"slots": PAGES, "parents": HASHES, "hashes": HASHES},
+    "release_pages": {"slots": PAGES, "turn": optional(LABEL), "conversation": optional(LABEL)},
     "prefetch": {"hashes": HASHES, "parent": PARENT},
     "detached": {"segments": SEGMENTS},
     "bye": {},
@@ -103,6 +111,9 @@ REPLIES = {
     "store": {"lease": U64, "slots": SLOTS},
     "commit": {"committed": U32, "dropped": U32},
     "abort": {},
+    "reserve": {"slots": PAGES},
+    "commit_pages": {"codes": PAGES},
+    "release_pages": {},
     "prefetch": {"blocks": U32},
     "detached": {},
     "bye": {},
