@@ -102,8 +102,8 @@ def check_supported(config: PreTrainedConfig) -> None:
             )
 
 
-def layout_of(model: PreTrainedModel, dtype: str) -> Layout:
-    """Geometry of the model's KV blocks of 16 tokens."""
+def layout_of(model: PreTrainedModel, dtype: str, block_tokens: int = BLOCK_TOKENS) -> Layout:
+    """Geometry of the model's KV blocks."""
     config = model.config
     heads = config.num_attention_heads
     return Layout(
@@ -111,7 +111,7 @@ def layout_of(model: PreTrainedModel, dtype: str) -> Layout:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
-        block_tokens=BLOCK_TOKENS,
+        block_tokens=block_tokens,
     )
 
 

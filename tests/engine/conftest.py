@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +79,7 @@ def cache() -> DictionaryCache:
 
 
 class DictionaryCache:
-    """Blocks by model and hash in a dictionary, with the client's `load`, `store` and `close`."""
+    """Blocks by model and hash in a dictionary, with the client's `lookup`, `store` and `close`."""
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[str, bytes], np.ndarray] = {}
@@ -95,13 +96,11 @@ class DictionaryClient:
     def __init__(self, cache: DictionaryCache, model: str, layout: Layout) -> None:
         self.cache, self.model, self.layout = cache, model, layout
 
-    def load(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes = ROOT) -> int:
-        self._check(hashes, pool, pages, parent)
-        for count, (name, page) in enumerate(zip(split(hashes), pages, strict=True)):
-            if (self.model, name) not in self.cache.blocks:
-                return count
-            pool[page] = self.cache.blocks[self.model, name]
-        return len(pages)
+    def lookup(self, hashes: bytes, parent: bytes = ROOT) -> DictionaryLookup:
+        assert len(hashes) % 32 == 0
+        names = list(split(hashes))  # behind a parent that is on its way here, nothing can be found
+        found = list(takewhile(lambda name: (self.model, name) in self.cache.blocks, names))
+        return DictionaryLookup([self.cache.blocks[self.model, name] for name in found], len(names))
 
     def store(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes = ROOT) -> None:
         self._check(hashes, pool, pages, parent)
@@ -115,6 +114,29 @@ class DictionaryClient:
         assert pool.dtype == np.uint8 and pool.flags.c_contiguous and pool.shape[1] == self.layout.block_bytes
         assert len(hashes) == 32 * len(pages) and len(hashes) > 0
         assert parent == ROOT or (self.model, parent) in self.cache.blocks, "a block whose parent was never stored"
+
+
+class DictionaryLookup:
+    """The blocks that were found, for copying out once."""
+
+    def __init__(self, found: list[np.ndarray], asked: int) -> None:
+        self.found = found
+        self.blocks = self.told = len(found)
+        self.tiers = {"cpu": len(found), "miss": asked - len(found)}
+
+    def copy_into(self, pool: np.ndarray, pages: Sequence[int], first: int, count: int) -> int:
+        for page, block in zip(pages, self.found[first : first + count], strict=True):
+            pool[page] = block
+        return count
+
+    def release(self) -> None:
+        self.found = []
+
+    def __enter__(self) -> DictionaryLookup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def _oracle(model: PreTrainedModel) -> Callable[[list[int], int], list[int]]:
