@@ -36,8 +36,8 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no sequence is left."""
-        return not self.scheduler.waiting and not self.scheduler.running
+        """Whether no sequence is left and nothing is on its way; until then, keep calling `step`."""
+        return self.scheduler.idle
 
     def room(self) -> int:
         """The most tokens that a sequence can have, prompt and answer together."""
@@ -108,6 +108,11 @@ class Engine:
             self._measured(prompt_tokens / (monotonic_seconds() - began))
         return [chunk.sequence for chunk, _ in complete]
 
+    def settle(self) -> None:
+        """Wait until what ended sequences held is given back; no sequence may be left."""
+        while not self.idle:
+            assert not self.step()
+
     def check(self) -> None:
         """Raise AssertionError when an idle engine holds anything."""
         self.scheduler.check()
@@ -115,6 +120,7 @@ class Engine:
     def close(self) -> None:
         """End all sequences, and close the memory."""
         self.abort([*self.scheduler.waiting, *self.scheduler.running])
+        self.settle()
         self.memory.close()
 
     def _append(self, sequence: Sequence, token: int) -> None:

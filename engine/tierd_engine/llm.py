@@ -93,6 +93,7 @@ class LLM:
                 self.engine.step()
         except BaseException:
             self.engine.abort(sequences)
+            self.engine.settle()
             raise
         done = [Generation.of(sequence) for sequence in sequences]
         return done if many or asked.n > 1 else done[0]

@@ -123,14 +123,16 @@ class Scheduler:
             self.running.remove(sequence)
         self._vacate(sequence, turn or reason)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence is left and everything that they held was given back."""
+        held = self._spare or self._asked or self._commits or self._leaving
+        return not (self.waiting or self.running or held)
+
     def check(self) -> None:
-        """Raise AssertionError unless nothing is held; to be called when no sequence is left."""
-        self.memory.poll()
-        self._settle()
-        self._reserve_ahead()
-        assert not self.waiting and not self.running, f"{self.waiting} wait, {self.running} run"
-        assert not self._commits and not self._leaving and not self._flights, "something was not settled"
-        assert not self._spare, f"{len(self._spare)} pages are reserved for nobody"
+        """Raise AssertionError unless nothing is held; to be called when idle."""
+        assert self.idle, f"{self.waiting} wait, {self.running} run, {len(self._spare)} pages are reserved"
+        assert not self._flights, f"{len(self._flights)} blocks are being computed by nobody"
         self.memory.check()
 
     # Who may run.

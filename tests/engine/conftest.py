@@ -83,6 +83,7 @@ class DictionaryCache:
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[str, bytes], np.ndarray] = {}
+        self.offered: set[tuple[str, bytes]] = set()
         self.connections = 0
 
     def connect(self, *, model: str, layout: Layout) -> DictionaryClient:
@@ -104,6 +105,9 @@ class DictionaryClient:
 
     def store(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes = ROOT) -> None:
         self._check(hashes, pool, pages, parent)
+        self.cache.offered.update((self.model, name) for name in split(hashes))
+        if parent != ROOT and (self.model, parent) not in self.cache.blocks:
+            return  # refused, as by the daemon
         for name, page in zip(split(hashes), pages, strict=True):
             self.cache.blocks[self.model, name] = pool[page].copy()
 
@@ -113,7 +117,7 @@ class DictionaryClient:
     def _check(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes) -> None:
         assert pool.dtype == np.uint8 and pool.flags.c_contiguous and pool.shape[1] == self.layout.block_bytes
         assert len(hashes) == 32 * len(pages) and len(hashes) > 0
-        assert parent == ROOT or (self.model, parent) in self.cache.blocks, "a block whose parent was never stored"
+        assert parent == ROOT or (self.model, parent) in self.cache.offered, "a block whose parent was never offered"
 
 
 class DictionaryLookup:
