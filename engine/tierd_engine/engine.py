@@ -49,7 +49,9 @@ class Engine:
         if len(tokens) < 1 or sampling.max_tokens < 1:
             raise Invalid(f"request: {len(tokens)} prompt and {sampling.max_tokens} new tokens; both must be at least 1")
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
-            raise Invalid(f"request: token ids from {min(tokens)} to {max(tokens)}; the model knows 0 to {self._vocabulary - 1}")
+            raise Invalid(
+                f"request: token ids from {min(tokens)} to {max(tokens)}; the model knows 0 to {self._vocabulary - 1}"
+            )
         total = len(tokens) + sampling.max_tokens
         pages, block = self.memory.count, self.memory.layout.block_tokens
         if total > pages * block:
@@ -147,5 +149,5 @@ class Engine:
             self.scheduler.end(sequence, reason, turn)
 
     def _measured(self, tokens_per_second: float) -> None:
-        before = self.scheduler.prefill_tokens_per_second
-        self.scheduler.prefill_tokens_per_second = before + NEWEST * (tokens_per_second - before) if before else tokens_per_second
+        before = self.scheduler.prefill_tokens_per_second or tokens_per_second
+        self.scheduler.prefill_tokens_per_second = before + NEWEST * (tokens_per_second - before)

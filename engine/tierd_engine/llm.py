@@ -86,9 +86,9 @@ class LLM:
         sequences: list[Sequence] = []
         try:
             for one in prompts:
-                text = isinstance(one, str)
-                tokens = self.tokenizer(one)["input_ids"] if text else one
-                sequences += self.engine.add(tokens, asked, self.tokenizer if text or asked.stop else None)
+                tokens = self.tokenizer(one)["input_ids"] if isinstance(one, str) else one
+                with_text = isinstance(one, str) or asked.stop
+                sequences += self.engine.add(tokens, asked, self.tokenizer if with_text else None)
             while not self.engine.idle:
                 self.engine.step()
         except BaseException:

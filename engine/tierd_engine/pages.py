@@ -1,4 +1,4 @@
-"""A pool of KV pages in one tensor: one page is one tierd block, byte for byte; sequences that share a prefix share its pages."""
+"""A pool of KV pages in one tensor: one page is one tierd block, byte for byte, and may have several users."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Sequences wait, run and leave, oldest first. Three rules keep all of them going:
 
 - Pages are reserved ahead of need, as many as the running sequences will fill soon. When there is none left, the youngest
-  gives up first: waiting sequences their leases, then running ones everything (their full blocks are in tierd, or computed anew).
+  gives up first: waiting sequences their leases, then running ones all they have. Their full blocks are in tierd, or lost.
 - Who waits for blocks lets others pass, and no longer than computing them would take. The oldest that has its blocks
   gets the pages.
 - Of a step's prompt tokens the oldest sequence gets half, and those with the least left to compute share the rest.
@@ -22,7 +22,7 @@ from tierd_engine.memory import NAMELESS, Commit, Memory, Reservation
 from tierd_engine.request import Limits
 from tierd_engine.sequence import BlockTable, Sequence
 
-AGE = attrgetter("number", "sample")
+AGE = attrgetter("key")
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,8 @@ class Scheduler:
 
     def _decodes(self) -> list[Chunk]:
         """One token for everyone who has read its prompt and has a page."""
-        lacking, chunks = [], []
+        chunks: list[Sequence] = []
+        lacking: list[Sequence] = []
         for sequence in self.running:
             if sequence.uncomputed == 1:
                 (chunks if self._has_page(sequence) else lacking).append(sequence)

@@ -88,6 +88,11 @@ class Sequence:
         return -(-tokens // self.block_tokens)
 
     @property
+    def key(self) -> tuple[int, int]:
+        """Names it within its engine; smaller is older."""
+        return self.number, self.sample
+
+    @property
     def new_tokens(self) -> list[int]:
         """What was generated so far."""
         return self.tokens[self.prompt_tokens :]
@@ -103,4 +108,4 @@ class Sequence:
         return (len(self.tokens) - 1) // self.block_tokens
 
     def __repr__(self) -> str:
-        return f"<Sequence {self.number}: {self.computed} of {len(self.tokens)} tokens computed{self.reason and ', '}{self.reason}>"
+        return f"<Sequence {self.number}: {self.computed} of {len(self.tokens)} tokens computed {self.reason}>"

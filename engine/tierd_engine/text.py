@@ -60,6 +60,4 @@ class Text:
 
     def _held(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        return max(
-            (size for stop in self._stop for size in range(1, len(stop)) if self.whole.endswith(stop[:size])), default=0
-        )
+        return max((size for stop in self._stop for size in range(1, len(stop)) if self.whole.endswith(stop[:size])), default=0)

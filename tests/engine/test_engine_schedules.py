@@ -23,7 +23,9 @@ from tierd_engine.sequence import Sequence
 
 NEW_MAX = 24
 STEPS_MAX = 20_000
-PROMPTS = [prompt(shared, seed=5)[:shared] + prompt(own, seed=seed) for shared in (0, 37, 80) for own in (1, 11, 40) for seed in (1, 2)]
+PROMPTS = [
+    prompt(shared, seed=5)[:shared] + prompt(own, seed=seed) for shared in (0, 37, 80) for own in (1, 11, 40) for seed in (1, 2)
+]
 
 
 class Twins:
@@ -81,7 +83,7 @@ schedules = st.fixed_dictionaries(
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=schedules)
 def test_every_answer_is_the_one_it_would_be_alone(twins: Twins, schedule: dict) -> None:
-    """Arrivals, lengths, shared prefixes, samples, aborts, pools so small that sequences are preempted, a cache that forgets."""
+    """Arrivals, lengths, shared prefixes, samples, aborts, pools too small for all, a cache that forgets, late answers."""
     cache = DictionaryCache()
     memory: Memory = PrivateMemory(twins.layout, schedule["pages"])
     if schedule["memory"] == "copying":
