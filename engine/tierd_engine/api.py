@@ -137,9 +137,8 @@ def messages_of(messages: list[Any]) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Invalid(f"messages[{at}]: an object with role and content is needed, not {message!r:.80}")
         content = message.get("content")
-        if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str):
             raise Invalid(f"messages[{at}].content: text is needed, not {message.get('content')!r:.80}")
         plain.append({"role": message["role"], "content": content})

@@ -106,7 +106,9 @@ class AsyncLLM:
         try:
             while not self._stopping.is_set():
                 self._make_calls()
-                if not self._engine.idle:
+                if self._engine.idle:
+                    self._engine.memory.poll()  # copies that ended give their pages back
+                else:
                     self._hand_over(self._engine.step())
         except BaseException as error:
             self.failure = error
@@ -127,10 +129,8 @@ class AsyncLLM:
             return
 
     def _hand_over(self, sequences: list[Sequence]) -> None:
-        pieces = []
-        for sequence in sequences:
-            if stream := self._streams.get(sequence.key):
-                pieces.append((stream[0], piece_of(sequence, stream[1])))
+        streams = [(self._streams.get(sequence.key), sequence) for sequence in sequences]
+        pieces = [(stream[0], piece_of(sequence, stream[1])) for stream, sequence in streams if stream]
         if pieces:
             self._loop.call_soon_threadsafe(_deliver, pieces)
 

@@ -253,10 +253,8 @@ def error_body(error: TierdError) -> dict[str, Any]:
 async def refuse(_: Request, error: Exception) -> Response:
     """What is wrong with a request, as JSON."""
     assert isinstance(error, TierdError)
-    status = (
-        404 if isinstance(error, NoModel) else 400 if isinstance(error, Invalid) else 429 if isinstance(error, Busy) else 503
-    )
-    return JSONResponse(error_body(error), status)
+    statuses: dict[type, int] = {NoModel: 404, Invalid: 400, Busy: 429}
+    return JSONResponse(error_body(error), statuses.get(type(error), 503))
 
 
 async def no_route(request: Request, error: Exception) -> Response:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tierd.block import ROOT, split
 from tierd.layout import Layout
@@ -57,6 +59,20 @@ def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return directory
 
     return write
+
+
+@pytest.fixture(scope="session")
+def spoken(write_model: Callable[..., Path]) -> Path:
+    """Directory of a tiny random Llama with a tokenizer: a token is an ASCII character; with a chat template."""
+    directory = write_model("llama", **GROUPED)
+    characters = {character: byte for byte, character in bytes_to_unicode().items() if byte < 128}
+    tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    fast.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
