@@ -18,7 +18,7 @@ from tierd_engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Measured:
-    """One workload in one mode. Token utilisation is live tokens over slots of allocated pages: over 1 where pages are shared."""
+    """One workload in one mode. `utilisation`: live tokens over token slots of pages in use, over 1 where pages are shared."""
 
     requests: int
     seconds: float
@@ -104,7 +104,7 @@ def measure(engine: Engine, workload: Workload, daemon_cpu_seconds: Callable[[],
         engine.step()
         running = engine.scheduler.running
         live += sum(sequence.computed for sequence in running)
-        slots += sum(len(set(pages)) for pages in [[page for s in running if s.table for page in s.table.pages]]) * block_tokens
+        slots += len({page for sequence in running if sequence.table for page in sequence.table.pages}) * block_tokens
         most = max(most, len(running))
     seconds = monotonic_seconds() - began
     engine.settle()

@@ -45,17 +45,17 @@ def run_python(module: str, *arguments: object, log: Path) -> str:
 
 
 class Daemon:
-    """`tierd hold -- tierd serve` with a cpu tier of 1 GiB and an nvme tier of 4 GiB; all methods have deadlines.
+    """`tierd hold -- tierd serve` with tiers of so many bytes; all methods have deadlines.
 
     Raises Closed when the daemon does not do in time what was asked.
     """
 
-    def __init__(self, runtime_dir: Path, state_dir: Path, log: Path) -> None:
+    def __init__(self, runtime_dir: Path, state_dir: Path, log: Path, *, cpu: str = "1GiB", nvme: str = "4GiB") -> None:
         self.socket = runtime_dir / "tierd.sock"
         self._runtime_dir = runtime_dir
         self._log = log
         serve = ["serve", "--socket", self.socket, "--state-dir", state_dir, "--runtime-dir", runtime_dir]
-        for setting in ("cpu.bytes=1GiB", "nvme.bytes=4GiB", "metrics.listen=127.0.0.1:0"):
+        for setting in (f"cpu.bytes={cpu}", f"nvme.bytes={nvme}", "metrics.listen=127.0.0.1:0"):
             serve += ["--set", setting]
         self._command = [*_tierd("hold"), "--", *_tierd(*serve)]
         self._holder: subprocess.Popen[bytes] | None = None
@@ -76,6 +76,11 @@ class Daemon:
         assert self._pidfd is not None
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self._wait_ready(other_than=self._pid)
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the daemon that runs now, since its start."""
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def sync(self) -> None:
         """Wait until everything that was stored is on NVMe."""
