@@ -25,6 +25,8 @@ HARMLESS = {"position_ids", "use_cache", "past_key_values", "cache_position", "l
 """Keyword arguments of model code that change nothing here; any other that is set asks for what we do not compute."""
 PADDING_MAX = 1.5
 """A group of decoding sequences is padded to its longest: together to at most so many times what they have."""
+GROUP_TOKENS_MAX = 8192
+"""More than this at a time leaves the processor's caches between gathering and attending."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Step:
         runs = torch.tensor(pages, device=self._device) * self._runs_per_page + self._parts[..., None]
         self._write = (runs * block + self.positions % block).flatten()
         self.groups = list(self._groups(spans))
+        # One buffer for all layers and groups: fresh memory would cost a page fault every 4 KiB, each time.
+        self._gathered = self._runs.new_empty((max(len(group.runs) for group in self.groups), self._runs.shape[1]))
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new tokens' keys and values, each `[1, heads, new, dim]`, into their pages."""
@@ -81,8 +85,10 @@ class Step:
         self._vectors.index_copy_(0, self._write + layer * self._runs_per_layer * self.layout.block_tokens, vectors)
 
     def read(self, layer: int, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather keys and values so far, each `[sequences, heads, length, dim]`; one copy."""
-        runs = self._runs.index_select(0, group.runs + layer * self._runs_per_layer).view(group.shape)
+        """Gather keys and values so far, each `[sequences, heads, length, dim]`: a copy, valid until the next."""
+        gathered = self._gathered[: len(group.runs)]
+        torch.index_select(self._runs, 0, group.runs + layer * self._runs_per_layer, out=gathered)
+        runs = gathered.view(group.shape)
         return runs[0, :, :, : group.length], runs[1, :, :, : group.length]
 
     def _groups(self, spans: List[Span]) -> Iterator[Group]:
@@ -92,7 +98,8 @@ class Step:
             first, filled = at, 0
             while at < len(spans) and spans[at].end - spans[at].start == 1:
                 filled += spans[at].end
-                if (at + 1 - first) * spans[first].end > PADDING_MAX * filled:
+                padded = (at + 1 - first) * spans[first].end
+                if padded > PADDING_MAX * filled or padded > GROUP_TOKENS_MAX:
                     break
                 at += 1
             at = max(at, first + 1)

@@ -166,6 +166,9 @@ class Scheduler:
         found = sequence.lookup
         assert found is not None
         if found.done and found.ready == found.blocks:
+            if sequence.stale and found.blocks < sequence.blocks_loadable:
+                self._look(sequence)
+                return False
             return not self._follow(sequence, found.blocks)
         if sequence.stopped_since is None:
             sequence.stopped_since = now
@@ -186,6 +189,7 @@ class Scheduler:
         old = sequence.lookup
         sequence.lookup = self.memory.lookup(sequence.hashes()[: sequence.blocks_loadable * HASH_BYTES])
         sequence.stopped_since = None
+        sequence.stale = False
         if old is not None:
             old.release()
 
@@ -355,6 +359,8 @@ class Scheduler:
                     table.pages[block] = code
                 table.nameless |= code == NAMELESS
             names = [sequence.name(block) for block in range(first, first + count)]
+            for other in self.waiting:
+                other.stale |= first < other.blocks_loadable and other.name(first) == names[0]
             self._land(sequence, sequence.flying if table.nameless else names)
             table.unanswered -= 1
             codes = codes[count:]

@@ -64,6 +64,8 @@ class Sequence:
         self.lookup: Lookup | None = None
         self.follows: bytes | None = None
         """The block that another sequence is computing and this one waits for."""
+        self.stale = False
+        """Blocks that its lookup could not find have been computed by somebody since."""
         self.flying: list[bytes] = []
         """The blocks that others may wait for."""
         self.stopped_since: float | None = None

@@ -37,7 +37,7 @@ def table(report: dict[str, Any]) -> list[Table]:
     for result in report["results"]:
         one, key = result["median"], [result["workload"], result["mode"], str(result["block_tokens"])]
         first.add_row(*key, *figures(one))
-        tiers = ", ".join(f"{tier} {blocks:g}" for tier, blocks in one["blocks_by_tier"].items())
+        tiers = ", ".join(f"{tier} {blocks:g}" for tier, blocks in one["blocks_by_tier"].items() if blocks)
         third.add_row(result["workload"], f"{result['mode']}, {result['block_tokens']}", tiers)
         if result["mode"] == "off" or result["block_tokens"] != 16:
             contiguous = f"{one['sequences_contiguous']:g}", f"{one['utilisation_contiguous']:.0%}"

@@ -39,6 +39,7 @@ MODES: dict[str, dict[str, str]] = {
 }
 """Without a daemon; with all in its memory; with a memory so small that most comes from disk."""
 BLOCK_TOKENS = (8, 16, 32, 64)
+WIDTH = 140
 
 
 class Bench:
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         | {"rounds": [one.to_map() for one in rounds]}
         for (name, mode, block), rounds in found.items()
     ]
-    out = Console()
+    out = Console(width=WIDTH)
     for shown in table(report):
         out.print(shown)
     if options.json:
