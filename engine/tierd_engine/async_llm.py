@@ -51,6 +51,8 @@ class AsyncLLM:
         self._engine: Engine = llm.engine
         self._loop = asyncio.get_running_loop()
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._queues: set[Pieces] = set()
+        """Whoever waits; only the event loop's thread looks at it."""
         self._streams: dict[tuple[int, int], tuple[Pieces, int]] = {}
         self._stopping = Event()
         self._thread = Thread(target=self._run, name="tierd-engine", daemon=True)
@@ -80,6 +82,7 @@ class AsyncLLM:
                 self._streams.pop(sequence.key, None)
 
         self._check_alive()
+        self._queues.add(queue)
         self._calls.put(add)
         try:
             left = sampling.n * len(prompts)
@@ -90,6 +93,7 @@ class AsyncLLM:
                 left -= bool(piece.reason)
                 yield piece
         finally:
+            self._queues.discard(queue)
             self._calls.put(abort)
 
     async def close(self) -> None:
@@ -100,7 +104,7 @@ class AsyncLLM:
 
     def _check_alive(self) -> None:
         if self.failure is not None:
-            raise Closed(f"the engine has failed ({self.failure!r}): restart it") from self.failure
+            raise Closed(f"the engine has ended ({self.failure!r}): restart it") from self.failure
 
     def _run(self) -> None:
         try:
@@ -114,9 +118,13 @@ class AsyncLLM:
             self.failure = error
             raise
         finally:
-            ended = self.failure or Closed("the engine is stopping")
-            for queue, _ in list(self._streams.values()):
-                self._loop.call_soon_threadsafe(queue.put_nowait, ended)
+            self._loop.call_soon_threadsafe(self._end_streams)
+
+    def _end_streams(self) -> None:
+        """The thread has ended: nobody will hear from it."""
+        self.failure = self.failure or Closed("the engine has stopped")
+        for queue in self._queues:
+            queue.put_nowait(Closed(f"the engine has ended ({self.failure!r}): restart it"))
 
     def _make_calls(self) -> None:
         """What coroutines want; waits for it when there is nothing else to do."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, overload
 
+from tierd.clock import monotonic_seconds
 from tierd.errors import Invalid
 from tierd.layout import Layout
 from tierd_engine.copying import CopyingMemory
@@ -84,11 +85,14 @@ class LLM:
         many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         prompts: list[Prompt] = cast("list[Prompt]", prompt) if many else [prompt]
         sequences: list[Sequence] = []
+        arrived = monotonic_seconds()
         try:
             for one in prompts:
                 tokens = self.tokenizer(one)["input_ids"] if isinstance(one, str) else one
                 with_text = isinstance(one, str) or asked.stop
                 sequences += self.engine.add(tokens, asked, self.tokenizer if with_text else None)
+            for sequence in sequences:
+                sequence.seconds["arrived"] = arrived
             while not self.engine.idle:
                 self.engine.step()
         except BaseException:
@@ -118,7 +122,7 @@ class Generation:
     """What a request gave: the new tokens, their text (for a text prompt), why it ended, how much was a hit, and the time.
 
     `timings` are seconds spent waiting for blocks and pages (load), and on prefill and decode; the first two make the
-    time to first token, which counts from the request's arrival at the engine.
+    time to first token, which counts from the call of `generate` and includes tokenising.
     """
 
     tokens: list[int]

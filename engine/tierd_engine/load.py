@@ -28,6 +28,7 @@ class Load:
         self.pages = pages
         self.medium = "memory"
         self.stopped = False
+        self.starved = False
         self._memory = memory
         self._hashes = hashes
         self._found: Any = None
@@ -69,7 +70,8 @@ class Load:
         holes = [block for block in holes if self.pages[block] == HOLE]
         if any(self.name(block) in self._memory.loading for block in holes):
             return False
-        if len(holes) > self._memory.pool.free_count:
+        self.starved = len(holes) > self._memory.pool.free_count
+        if self.starved:
             return False
         self._found = None
         self._advance()
@@ -109,6 +111,7 @@ class Load:
 
     def _end(self) -> None:
         self.stopped = self.done = True
+        self.starved = False
         if self._found is not None:
             self._memory.end_lease(self._found)
             self._found = None

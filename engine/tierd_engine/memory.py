@@ -26,7 +26,8 @@ class Lookup(Protocol):
     """A lease on the longest prefix that memory has; its pages are held until `release`.
 
     Once `done`, `blocks` leading blocks can be had; `ready` of them are in `pages` now, and `seconds` is an estimate
-    of how long the others take. `stop` is for who would rather compute: `blocks` becomes `ready`, at once.
+    of how long the others take. `starved`: they do not come for want of pages, which computing would want too.
+    `stop` is for who would rather compute: `blocks` becomes `ready`, at once.
     """
 
     @property
@@ -37,6 +38,8 @@ class Lookup(Protocol):
     def ready(self) -> int: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def starved(self) -> bool: ...
     @property
     def pages(self) -> List[int]: ...
 
@@ -166,6 +169,7 @@ class Shared:
     """A lookup of PrivateMemory: complete from the start."""
 
     done = True
+    starved = False
     seconds = 0.0
 
     def __init__(self, memory: PrivateMemory, pages: list[int]) -> None:

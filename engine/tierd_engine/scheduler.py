@@ -170,6 +170,11 @@ class Scheduler:
                 self._look(sequence)
                 return False
             return not self._follow(sequence, found.blocks)
+        if found.starved:
+            sequence.stopped_since = None
+            if not self.running:
+                self._give_up_lease(sequence)
+            return False
         if sequence.stopped_since is None:
             sequence.stopped_since = now
         if self.prefill_tokens_per_second:
@@ -206,7 +211,8 @@ class Scheduler:
     def _start(self, sequence: Sequence, pages: int, now: float) -> None:
         found, sequence.lookup = sequence.lookup, None
         assert found is not None
-        sequence.table = BlockTable(found, [self._spare.pop() for _ in range(pages)])
+        own, self._spare = self._spare[:pages], self._spare[pages:]  # in order: neighbours are copied together
+        sequence.table = BlockTable(found, own)
         sequence.computed = found.blocks * sequence.block_tokens
         if "loaded" not in sequence.seconds:
             sequence.seconds["loaded"] = now

@@ -72,6 +72,10 @@ class LateLookup:
         return min(self._lookup.ready, max(0, self._memory.polls - self._due)) if not self._stopped else self._lookup.ready
 
     @property
+    def starved(self) -> bool:
+        return self._lookup.starved
+
+    @property
     def pages(self) -> Sequence[int]:
         return self._lookup.pages
 

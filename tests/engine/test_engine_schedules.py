@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,9 @@ STEPS_MAX = 20_000
 PROMPTS = [
     prompt(shared, seed=5)[:shared] + prompt(own, seed=seed) for shared in (0, 37, 80) for own in (1, 11, 40) for seed in (1, 2)
 ]
+
+
+met: Counter[str] = Counter()
 
 
 class Twins:
@@ -116,4 +120,12 @@ def test_every_answer_is_the_one_it_would_be_alone(twins: Twins, schedule: dict)
         assert sequence.reason == "abort" or len(sequence.new_tokens) == sequence.sampling.max_tokens
         twins.oracle.check(sequence.tokens[: sequence.prompt_tokens], sequence.new_tokens, NEW_MAX)
     engine.check()
+    met.update(vars(engine.scheduler.counts) | {"sequences": 0, "ties": 0})
+    met["hits after sharing"] += sum(sequence.hit_tokens > 0 for sequence in done)
     engine.close()
+
+
+def test_the_schedules_met_what_they_were_made_for(twins: Twins) -> None:
+    """Were there no preemptions, hits or recomputed tokens among them, the test above would show little."""
+    print(f"{dict(met)}, {twins.oracle.ties} answers differed by a tie")
+    assert min(met["preemptions"], met["hit_tokens"], met["steps_waited"], met["hits after sharing"]) > 20
