@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tierd.block import chain
 from tierd_engine.copying import CopyingMemory
 from tierd_engine.engine import Engine
 from tierd_engine.memory import PrivateMemory
-from tierd_engine.request import Sampling
+from tierd_engine.request import Limits, Sampling
 
 NEW = 12
 
@@ -255,3 +256,17 @@ def test_loaded_blocks_are_the_stored_ones(twins: Twins) -> None:
     found.release()
     memory.check()
     memory.close()
+
+
+def test_a_turn_that_ends_with_a_tool_call_says_so(twins: Twins) -> None:
+    """The model's stop token after a call means that a result will come; after anything else the turn is over."""
+    told = []
+    for said in ("Let me see. <tool_call>{}</tool_call>", "No."):
+        engine = Engine(twins.model, PrivateMemory(twins.layout, 20), Limits(), frozenset(range(128)))
+        release = engine.memory.release
+        engine.memory.release = lambda pages, turn=None, conversation=None, to=release: (told.append(turn), to(pages))
+        [sequence] = engine.add(prompt(20), Sampling(), tokenizer=SimpleNamespace(decode=lambda *_, **__: ""))
+        sequence.text.whole = said
+        run(engine)
+        engine.check()
+    assert [turn for turn in told if turn] == ["tool_use", "end_turn"]

@@ -60,7 +60,8 @@ class Daemon:
         self._command = [*_tierd("hold"), "--", *_tierd(*serve)]
         self._holder: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
-        self._pid = 0
+        self.pid = 0
+        """Of the daemon that runs now."""
 
     def start(self) -> None:
         """Start holder and daemon; returns when the daemon answers."""
@@ -75,11 +76,11 @@ class Daemon:
         """Kill the daemon with SIGKILL; returns when the holder has started another one and that one answers."""
         assert self._pidfd is not None
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._wait_ready(other_than=self._pid)
+        self._wait_ready(other_than=self.pid)
 
     def cpu_seconds(self) -> float:
         """CPU time of the daemon that runs now, since its start."""
-        fields = Path(f"/proc/{self._pid}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def sync(self) -> None:
@@ -120,7 +121,7 @@ class Daemon:
             time.sleep(POLL_SECONDS)
         if self._pidfd is not None:
             os.close(self._pidfd)
-        self._pid, self._pidfd = pid, os.pidfd_open(pid)
+        self.pid, self._pidfd = pid, os.pidfd_open(pid)
 
 
 def _tierd(*arguments: object) -> list[str]:
