@@ -66,10 +66,13 @@ class Step:
         self.layers_seen: list[int] = []
         self._device, self._dtype = tensor.device, tensor.dtype
         # A run holds one head's tokens of one layer of one page; a vector is one token of a run.
-        self._runs = tensor.view(-1, block * layout.head_dim)
-        self._vectors = tensor.view(-1, layout.head_dim)
+        run = block * layout.head_dim
         self._runs_per_layer = 2 * heads
-        self._runs_per_page = layout.layers * 2 * heads
+        self._runs_per_page, rest = divmod(tensor.stride(0), run)
+        if rest:
+            raise Invalid(f"pages: {tensor.stride(0)} numbers from page to page are no multiple of a head's {run} in a block")
+        self._runs = tensor.as_strided((len(tensor) * self._runs_per_page, run), (run, 1))
+        self._vectors = self._runs.view(-1, layout.head_dim)
         self._parts = torch.arange(2 * heads, device=self._device).view(2, heads)
         self.positions = torch.cat([torch.arange(span.start, span.end) for span in spans]).to(self._device)
         pages = [span.pages[position // block] for span in spans for position in range(span.start, span.end)]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.engine.conftest import DictionaryCache, DictionaryClient, DictionaryLookup
 from tests.engine.test_engine_schedules import NEW_MAX, Twins, run
@@ -80,6 +81,19 @@ def test_samples_share_all_full_blocks_and_one_prefill(twins: Twins) -> None:
     assert engine.scheduler.counts.prefill_tokens == 100 + 3 * 4
     for sample in samples:
         twins.oracle.check(prompt(100), sample.new_tokens, NEW_MAX)
+    engine.check()
+
+
+def test_pages_may_lie_apart(twins: Twins) -> None:
+    """Slots are padded to 4 KiB, pages that are slots too: what is between them is left alone."""
+    memory = PrivateMemory(twins.layout, 20)
+    wide = torch.full((20, 2048 + 1024), torch.nan)
+    memory.tensor = wide[:, :2048].view(memory.tensor.shape).zero_()
+    engine = twins.engine(memory)
+    [sequence] = engine.add(prompt(50), Sampling(max_tokens=NEW))
+    run(engine)
+    twins.oracle.check(prompt(50), sequence.new_tokens, NEW_MAX)
+    assert wide[:, 2048:].isnan().all()
     engine.check()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from tierd_engine.model import layout_of, load_model
 from tierd_engine.request import Limits, Sampling
 from tierd_engine.sequence import Sequence
 
-NEW_MAX = 24
+NEW_MAX = 64
 STEPS_MAX = 20_000
+SHORT = range(10)
 PROMPTS = [
     prompt(shared, seed=5)[:shared] + prompt(own, seed=seed) for shared in (0, 37, 80) for own in (1, 11, 40) for seed in (1, 2)
 ]
@@ -65,16 +67,16 @@ def run(engine: Engine) -> None:
 requests = st.fixed_dictionaries(
     {
         "prompt": st.integers(0, len(PROMPTS) - 1),
-        "new": st.integers(1, NEW_MAX),
+        "new": st.one_of(st.integers(1, 8), st.integers(1, NEW_MAX)),
         "n": st.sampled_from([1, 1, 1, 2, 3]),
         "arrives": st.integers(0, 40),
-        "lives": st.one_of(st.none(), st.none(), st.integers(0, 30)),
+        "lives": st.one_of(st.none(), st.none(), st.none(), st.integers(0, 60)),
     }
 )
 schedules = st.fixed_dictionaries(
     {
-        "requests": st.lists(requests, min_size=1, max_size=8),
-        "pages": st.integers(10, 40),
+        "requests": st.lists(requests, min_size=1, max_size=9),
+        "pages": st.integers(12, 28),
         "chunk_tokens": st.sampled_from([1, 5, 16, 30, 64, 512]),
         "running_max": st.integers(1, 12),
         "memory": st.sampled_from(["private", "copying"]),
@@ -84,10 +86,48 @@ schedules = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+crowds = st.fixed_dictionaries(
+    {
+        "requests": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "prompt": st.sampled_from(SHORT),
+                    "new": st.integers(NEW_MAX // 2, NEW_MAX),
+                    "n": st.just(1),
+                    "arrives": st.integers(0, 5),
+                    "lives": st.none(),
+                }
+            ),
+            min_size=4,
+            max_size=8,
+            unique_by=itemgetter("prompt"),
+        ),
+        "pages": st.integers(12, 18),
+        "chunk_tokens": st.just(64),
+        "running_max": st.just(8),
+        "memory": st.sampled_from(["private", "copying"]),
+        "forgets": st.integers(0, 3),
+        "late": st.one_of(st.none(), st.integers(0, 99)),
+    }
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=schedules)
 def test_every_answer_is_the_one_it_would_be_alone(twins: Twins, schedule: dict) -> None:
     """Arrivals, lengths, shared prefixes, samples, aborts, pools too small for all, a cache that forgets, late answers."""
+    hold(twins, schedule)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schedule=crowds)
+def test_every_answer_survives_preemption(twins: Twins, schedule: dict) -> None:
+    """Long answers to short prompts: all are admitted, and then there is room for two."""
+    hold(twins, schedule)
+
+
+def hold(twins: Twins, schedule: dict) -> None:
+    """Run a schedule, compare every answer, and look for lost pages."""
     cache = DictionaryCache()
     memory: Memory = PrivateMemory(twins.layout, schedule["pages"])
     if schedule["memory"] == "copying":

@@ -276,3 +276,12 @@ def test_a_directory_without_a_model_is_refused_at_start(tmp_path: Path, make: C
     done = subprocess.run([COMMAND, "serve", tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("tierd-engine: model: ") and str(tmp_path) in done.stderr and reason in done.stderr
+
+
+def test_every_series_is_documented(served: SimpleNamespace) -> None:
+    """docs/engine.md has every series of `/metrics` with its type, and no other."""
+    post(served.url, {"model": "tiny", "prompt": "x"})
+    exported = set(re.findall(r"^# TYPE (\S+) (\S+)$", get(served.url + "/metrics") or "", flags=re.MULTILINE))
+    exported = {(name, kind) for name, kind in exported if not name.endswith("_created")}
+    text = (Path(__file__).parents[2] / "docs/engine.md").read_text()
+    assert exported == set(re.findall(r"^\| `(tierd_engine_\w+)` \| (\w+) \|", text, flags=re.MULTILINE))

@@ -18,7 +18,11 @@ from tierd_engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Measured:
-    """One workload in one mode. `utilisation`: live tokens over token slots of pages in use, over 1 where pages are shared."""
+    """One workload in one mode.
+
+    `utilisation` is live tokens over token slots of pages in use (over 1 where pages are shared), and so many sequences of
+    that kind fit the pool; `contiguous` is what it would be if each reserved the longest talk's length.
+    """
 
     requests: int
     seconds: float
@@ -30,13 +34,14 @@ class Measured:
     prefill_tokens_min: int
     blocks_by_tier: dict[str, int]
     cpu_seconds_per_request: float
+    daemon_cpu_seconds_per_request: float
     steps: int
     steps_waited: int
     preemptions: int
     loads_declined: int
-    sequences_most: int
+    sequences_fit: int
     utilisation: float
-    sequences_contiguous: int
+    sequences_fit_contiguous: int
     utilisation_contiguous: float
 
     def to_map(self) -> dict[str, Any]:
@@ -83,8 +88,8 @@ def measure(engine: Engine, workload: Workload, daemon_cpu_seconds: Callable[[],
     infinite, ended = InfiniteCache(block_tokens), []
     waiting = [Talking(list(talk), []) for talk in workload.talks]
     talking: list[Talking] = []
-    live, slots, most = 0, 0, 0
-    cpu_seconds, began = cpu_seconds_used() + daemon_cpu_seconds(), monotonic_seconds()
+    live, slots, held = 0, 0, 0
+    cpu_before, daemon_before, began = cpu_seconds_used(), daemon_cpu_seconds(), monotonic_seconds()
     while waiting or talking:
         while waiting and len(talking) < workload.concurrency:
             talking.append(waiting.pop(0))
@@ -105,13 +110,14 @@ def measure(engine: Engine, workload: Workload, daemon_cpu_seconds: Callable[[],
         running = engine.scheduler.running
         live += sum(sequence.computed for sequence in running)
         slots += len({page for sequence in running if sequence.table for page in sequence.table.pages}) * block_tokens
-        most = max(most, len(running))
+        held += len(running)
     seconds = monotonic_seconds() - began
     engine.settle()
     engine.check()
-    cpu_seconds = cpu_seconds_used() + daemon_cpu_seconds() - cpu_seconds
+    daemon = daemon_cpu_seconds() - daemon_before
+    cpu_seconds = cpu_seconds_used() - cpu_before + daemon
     first = [sequence.seconds["first"] - sequence.seconds["arrived"] for sequence in ended]
-    contiguous = min(most, engine.memory.count * block_tokens // workload.longest)
+    pool_tokens = engine.memory.count * block_tokens
     return Measured(
         requests=len(ended),
         seconds=seconds,
@@ -125,13 +131,14 @@ def measure(engine: Engine, workload: Workload, daemon_cpu_seconds: Callable[[],
             key.removeprefix("hit_"): count for key, count in engine.memory.statistics().items() if key.startswith("hit_")
         },
         cpu_seconds_per_request=cpu_seconds / len(ended),
+        daemon_cpu_seconds_per_request=daemon / len(ended),
         steps=counts.steps,
         steps_waited=counts.steps_waited,
         preemptions=counts.preemptions,
         loads_declined=counts.loads_declined,
-        sequences_most=most,
+        sequences_fit=pool_tokens * held // max(slots, 1),
         utilisation=live / max(slots, 1),
-        sequences_contiguous=contiguous,
+        sequences_fit_contiguous=pool_tokens // workload.longest,
         utilisation_contiguous=sum(len(sequence.tokens) for sequence in ended) / len(ended) / workload.longest,
     )
 

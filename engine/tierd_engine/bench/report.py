@@ -21,6 +21,7 @@ COLUMNS = (
     "prefill",
     "of min",
     "CPU s/request",
+    "daemon's",
     "waited",
     "preempted",
     "declined",
@@ -31,7 +32,7 @@ def table(report: dict[str, Any]) -> list[Table]:
     """What was measured (medians), and what pages are worth against contiguous reservation."""
     first = Table(*COLUMNS, title=f"Medians of {report['rounds']} rounds", box=box.SIMPLE)
     second = Table(
-        "workload", "block", "sequences at a time", "contiguous", "slots used", "contiguous", title="Memory", box=box.SIMPLE
+        "workload", "block", "sequences that fit", "contiguous", "slots used", "contiguous", title="Memory", box=box.SIMPLE
     )
     third = Table("workload", "mode", "blocks looked up, by where they were", title="Hits", box=box.SIMPLE)
     for result in report["results"]:
@@ -40,9 +41,9 @@ def table(report: dict[str, Any]) -> list[Table]:
         tiers = ", ".join(f"{tier} {blocks:g}" for tier, blocks in one["blocks_by_tier"].items() if blocks)
         third.add_row(result["workload"], f"{result['mode']}, {result['block_tokens']}", tiers)
         if result["mode"] == "off" or result["block_tokens"] != 16:
-            contiguous = f"{one['sequences_contiguous']:g}", f"{one['utilisation_contiguous']:.0%}"
+            contiguous = f"{one['sequences_fit_contiguous']:g}", f"{one['utilisation_contiguous']:.0%}"
             used = f"{one['utilisation']:.0%}"
-            second.add_row(key[0], key[2], f"{one['sequences_most']:g}", contiguous[0], used, contiguous[1])
+            second.add_row(key[0], key[2], f"{one['sequences_fit']:g}", contiguous[0], used, contiguous[1])
     return [first, third, second]
 
 
@@ -56,6 +57,7 @@ def figures(one: dict[str, Any]) -> list[str]:
         f"{one['prefill_tokens']:g}",
         f"{one['prefill_tokens'] / one['prefill_tokens_min']:.2f}",
         f"{one['cpu_seconds_per_request']:.3f}",
+        f"{one['daemon_cpu_seconds_per_request']:.3f}",
         *(f"{one[name]:g}" for name in ("steps_waited", "preemptions", "loads_declined")),
     ]
 

@@ -35,7 +35,7 @@ from tierd_engine.request import Limits
 MODES: dict[str, dict[str, str]] = {
     "off": {},
     "cpu": {"cpu": "3GiB", "nvme": "0"},
-    "cpu+nvme": {"cpu": "256MiB", "nvme": "4GiB"},
+    "cpu+nvme": {"cpu": "128MiB", "nvme": "4GiB"},
 }
 """Without a daemon; with all in its memory; with a memory so small that most comes from disk."""
 BLOCK_TOKENS = (8, 16, 32, 64)
