@@ -22,6 +22,9 @@ from tierd_engine.memory import NAMELESS, Commit, Memory, Reservation
 from tierd_engine.request import Limits
 from tierd_engine.sequence import BlockTable, Sequence
 
+PLANS_MIN = 3
+PATIENCE_SECONDS = 0.05
+"""A load that takes less is never declined: so short a time measures threads, not the medium."""
 AGE = attrgetter("key")
 
 
@@ -62,6 +65,8 @@ class Scheduler:
         """Measured by the engine; 0: not yet, then every load is worth its time."""
         self._spare: list[int] = []
         self._asked: Reservation | None = None
+        self._denied = False
+        """The last reservation brought nothing, and nothing has been given up for it since."""
         self._commits: list[tuple[Commit, list[tuple[Sequence, BlockTable, int, int]]]] = []
         self._leaving: list[tuple[BlockTable, str | None, str | None]] = []
         self._flights: dict[bytes, Sequence] = {}
@@ -153,7 +158,7 @@ class Scheduler:
             needed = sequence.blocks(len(sequence.tokens)) - sequence.lookup.blocks
             if not self._has(needed + self._needed(0)):
                 self._saving = self._crowded = True
-                if self._asked is None:
+                if self._denied:
                     self._give_up_lease(sequence)
                 continue
             self._start(sequence, needed, now)
@@ -177,11 +182,14 @@ class Scheduler:
             return False
         if sequence.stopped_since is None:
             sequence.stopped_since = now
+        sequence.passed_over += 1
         if self.prefill_tokens_per_second:
             blocks = (found.blocks if found.done else sequence.blocks_loadable) - found.ready
-            seconds = blocks * sequence.block_tokens / self.prefill_tokens_per_second
-            # To wait as long as computing takes, and then to compute, costs at most twice the better choice.
-            if (found.done and found.seconds > seconds) or now - sequence.stopped_since > seconds:
+            seconds = max(blocks * sequence.block_tokens / self.prefill_tokens_per_second, PATIENCE_SECONDS)
+            # To wait as long as computing takes, and then to compute, costs at most twice the better choice. A step may take
+            # longer than a load: what is asked in one plan and copied after the next is seen in the third.
+            late = now - sequence.stopped_since > seconds and sequence.passed_over >= PLANS_MIN
+            if late or (found.done and found.seconds > seconds):
                 found.stop()
                 self.counts.loads_declined += 1
                 return self._arrived(sequence, now)
@@ -194,6 +202,7 @@ class Scheduler:
         old = sequence.lookup
         sequence.lookup = self.memory.lookup(sequence.hashes()[: sequence.blocks_loadable * HASH_BYTES])
         sequence.stopped_since = None
+        sequence.passed_over = 0
         sequence.stale = False
         if old is not None:
             old.release()
@@ -236,8 +245,7 @@ class Scheduler:
         if lacking:
             self.counts.steps_waited += bool(chunks) or not self._lacked
             self._crowded = True
-            gave = not self._lacked and self._give_up_lease(lacking[0])
-            if self._asked is None and not gave and self._others_hold_pages():
+            if self._denied and (self._lacked or not self._give_up_lease(lacking[0])) and self._others_hold_pages():
                 victim = self.running[-1]
                 chunks = [sequence for sequence in chunks if sequence is not victim]
                 self._preempt(victim)
@@ -272,6 +280,7 @@ class Scheduler:
     def _preempt(self, victim: Sequence) -> None:
         """It waits again, as old as it is; what was committed of it may still be somewhere when it comes back."""
         self.counts.preemptions += 1
+        self._denied = False
         self.running.remove(victim)
         self._vacate(victim, None)
         victim.computed = 0
@@ -285,6 +294,7 @@ class Scheduler:
             if sequence.lookup is not None:
                 sequence.lookup.release()
                 sequence.lookup = None
+                self._denied = False
                 return True
         return False
 
@@ -352,6 +362,7 @@ class Scheduler:
 
     def _settle_reservation(self) -> None:
         if self._asked is not None and self._asked.done:
+            self._denied = not len(self._asked.pages)
             self._spare += self._asked.pages
             self._asked = None
 

@@ -70,6 +70,8 @@ class Sequence:
         """The blocks that others may wait for."""
         self.stopped_since: float | None = None
         """Since when nothing but its load keeps it from running."""
+        self.passed_over = 0
+        """Plans that its load has kept it out of."""
         self.seconds: dict[str, float] = {}
         """When it arrived, had its blocks, had its first token, and ended."""
         self._hashes = b""

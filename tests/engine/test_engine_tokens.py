@@ -47,6 +47,7 @@ def test_one_wrong_block_changes_the_tokens(llama: Path, cache, spoiled: int) ->
     tokens = prompt(200)
     with LLM(llama, pages=32, connect=cache.connect) as llm:
         right = llm.generate(tokens, NEW)
+        llm.check()  # waits until all is stored
         names = list(cache.blocks)
         cache.blocks[names[spoiled]] = cache.blocks[names[(spoiled + 1) % 12]]
         wrong = llm.generate(tokens, NEW)
