@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from tierd.errors import Invalid
@@ -34,7 +35,10 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "cpu") ->
     except (OSError, ValueError) as error:
         raise Invalid(f"model: {directory} cannot be read: {error}") from error
     check_supported(config)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=DTYPES[dtype], **options)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=DTYPES[dtype], **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Invalid(f"model: {directory} has no weights that can be loaded: {error}") from error
     if "gguf_file" in options:
         del model.config.quantization_config  # transformers has dequantised all weights: they are plain tensors now
     placed: PreTrainedModel = model.to(device)
@@ -102,8 +106,8 @@ def check_supported(config: PreTrainedConfig) -> None:
             )
 
 
-def layout_of(model: PreTrainedModel, dtype: str) -> Layout:
-    """Geometry of the model's KV blocks of 16 tokens."""
+def layout_of(model: PreTrainedModel, dtype: str, block_tokens: int = BLOCK_TOKENS) -> Layout:
+    """Geometry of the model's KV blocks."""
     config = model.config
     heads = config.num_attention_heads
     return Layout(
@@ -111,7 +115,7 @@ def layout_of(model: PreTrainedModel, dtype: str) -> Layout:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
-        block_tokens=BLOCK_TOKENS,
+        block_tokens=block_tokens,
     )
 
 

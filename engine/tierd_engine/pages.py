@@ -1,4 +1,4 @@
-"""The engine's KV memory: pages of 16 tokens in one tensor, so that one page is one tierd block, byte for byte."""
+"""A pool of KV pages in one tensor: one page is one tierd block, byte for byte, and may have several users."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PagePool:
-    """KV pages `[page, layer, K/V, head, token, dim]` and the list of those that are free.
+    """KV pages `[page, layer, K/V, head, token, dim]`, how many users each has, and the list of those that are free.
 
     `tensor` is what attention reads and writes, `bytes` the same memory as `uint8[pages, block_bytes]`: what a tierd
     client copies from and to. Raises Invalid when the layout's dtype cannot be computed with.
@@ -31,7 +31,7 @@ class PagePool:
         self.count = pages
         self.tensor = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
         self._free = deque(range(pages))
-        self._used: set[int] = set()
+        self._users: dict[int, int] = {}
 
     @property
     def free_count(self) -> int:
@@ -45,26 +45,36 @@ class PagePool:
         return rows
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages, all or none; raises Busy when fewer are free."""
+        """Take `count` pages for one user, all or none; raises Busy when fewer are free."""
         if count > len(self._free):
             raise Busy(
                 f"pages: {count} wanted, {len(self._free)} of {self.count} free; "
                 "wait until a sequence ends or give the engine more pages"
             )
         taken = [self._free.popleft() for _ in range(count)]
-        self._used.update(taken)
+        self._users.update(dict.fromkeys(taken, 1))
         return taken
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; their content stays until somebody takes them again."""
+    def share(self, pages: Iterable[int]) -> None:
+        """One more user for each of these used pages."""
         for page in pages:
-            self._used.remove(page)
-            self._free.append(page)
+            self._users[page] += 1
+
+    def release(self, pages: Iterable[int]) -> list[int]:
+        """One user less for each; returns the pages that nobody uses any more. Their content stays until they are taken."""
+        freed = []
+        for page in pages:
+            self._users[page] -= 1
+            if not self._users[page]:
+                del self._users[page]
+                self._free.append(page)
+                freed.append(page)
+        return freed
 
     def check(self) -> None:
         """Raise AssertionError unless every page is either free or used, exactly once."""
-        assert len(self._free) + len(self._used) == self.count, f"{self!r} has lost or doubled pages"
-        assert self._used.isdisjoint(self._free), f"{self!r} has pages that are both free and used"
+        assert len(self._free) + len(self._users) == self.count, f"{self!r} has lost or doubled pages"
+        assert self._users.keys().isdisjoint(self._free), f"{self!r} has pages that are both free and used"
 
     def __repr__(self) -> str:
         return f"<PagePool {len(self._free)} of {self.count} pages free, {self.layout.block_bytes} bytes each>"

@@ -1,4 +1,4 @@
-"""Runs the model over a sequence: whatever of its tokens has no KV yet, in chunks, and answers with logits."""
+"""Runs the model over a step's chunks, and answers with logits for those sequences whose tokens all have KV then."""
 
 from __future__ import annotations
 
@@ -6,66 +6,63 @@ import torch
 from transformers import PreTrainedModel
 
 from tierd.errors import Invalid
+from tierd.layout import Layout
 from tierd_engine import attention
-from tierd_engine.attention import Step
-from tierd_engine.pages import PagePool
-from tierd_engine.sequence import Sequence
+from tierd_engine.attention import Span, Step
+from tierd_engine.scheduler import Chunk
 
 
 class Runner:
-    """A transformers model that computes with its KV in a `PagePool`.
+    """A transformers model that computes with its KV in pages, `tensor [page, layer, K/V, head, token, dim]`.
 
-    A forward pass over one token at construction proves that every layer goes through the pages; raises Invalid if not.
+    A forward pass over one token at construction (in page 0, which nobody may use yet) proves that every layer goes
+    through the pages; raises Invalid if not.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, chunk_tokens: int = 512) -> None:
+    def __init__(self, model: PreTrainedModel, tensor: torch.Tensor, layout: Layout) -> None:
         model.set_attn_implementation(attention.NAME)
         if model.config._attn_implementation != attention.NAME:
             raise Invalid(f"{type(model).__name__} has attention code of its own that cannot be paged; use another model")
         self.model = model.eval()
-        self.pool = pool
-        self.chunk_tokens = chunk_tokens
+        self.tensor = tensor
+        self.layout = layout
         self._prove_every_layer_pages()
 
+    def run(self, chunks: list[Chunk]) -> list[tuple[Chunk, torch.Tensor]]:
+        """Compute the KV of all chunks; returns those that complete their sequences, with logits `float32[vocabulary]`."""
+        chunks = sorted(chunks, key=lambda chunk: (chunk.count > 1, -chunk.sequence.computed))
+        tokens: list[int] = []
+        spans, complete, last = [], [], []
+        for chunk in chunks:
+            sequence, start = chunk.sequence, chunk.sequence.computed
+            assert sequence.table is not None and chunk.count <= sequence.uncomputed
+            spans.append(Span(sequence.table.pages, start, start + chunk.count))
+            tokens += sequence.tokens[start : start + chunk.count]
+            if chunk.count == sequence.uncomputed:
+                complete.append(chunk)
+                last.append(len(tokens) - 1)
+        logits = self._forward(tokens, Step(self.tensor, self.layout, spans), last or [0])
+        return list(zip(complete, logits[: len(complete)], strict=True))
+
     @torch.inference_mode()
-    def run(self, sequence: Sequence) -> torch.Tensor:
-        """Compute all tokens that have no KV yet; returns the last one's logits, `float32[vocabulary]`.
-
-        A prompt is a long run (prefill), a generated token a run of one (decode). Raises Busy when pages run out.
-        """
-        sequence.grow()
-        assert sequence.computed < len(sequence.tokens), "nothing to compute: the last token is never a hit"
-        while sequence.computed < len(sequence.tokens):
-            start = sequence.computed
-            end = min(start + self.chunk_tokens, len(sequence.tokens))
-            step = Step(self.pool, sequence.block_table, start, end)
-            logits = self._forward(sequence.tokens[start:end], step)
-            sequence.computed = end
-        return logits
-
-    def _forward(self, tokens: list[int], step: Step) -> torch.Tensor:
-        device = self.pool.tensor.device
+    def _forward(self, tokens: list[int], step: Step, last: list[int]) -> torch.Tensor:
+        device = self.tensor.device
         output = self.model(
             input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.arange(step.start, step.end, device=device)[None],
+            position_ids=step.positions[None],
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=torch.tensor(last, device=device),
             step=step,
         )
-        return output.logits[0, -1].float()
+        return output.logits[0].float()
 
     def _prove_every_layer_pages(self) -> None:
-        probe = Sequence([0], self.pool)
-        probe.grow()
-        step = Step(self.pool, probe.block_table, 0, 1)
+        step = Step(self.tensor, self.layout, [Span([0], 0, 1)])
         try:
-            with torch.inference_mode():
-                self._forward(probe.tokens, step)
+            self._forward([0], step, [0])
         except TypeError as error:
             raise Invalid(f"{type(self.model).__name__} does not take paged attention: {error}") from error
-        finally:
-            probe.close()
-        layers = self.pool.layout.layers
+        layers = self.layout.layers
         if sorted(step.layers_seen) != list(range(layers)):
             raise Invalid(
                 f"{type(self.model).__name__}: of {layers} layers only {sorted(step.layers_seen)} use paged attention; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tierd.block import ROOT, split
 from tierd.layout import Layout
@@ -58,6 +61,20 @@ def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return write
 
 
+@pytest.fixture(scope="session")
+def spoken(write_model: Callable[..., Path]) -> Path:
+    """Directory of a tiny random Llama with a tokenizer: a token is an ASCII character; with a chat template."""
+    directory = write_model("llama", **GROUPED)
+    characters = {character: byte for byte, character in bytes_to_unicode().items() if byte < 128}
+    tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    fast.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest, write_model: Callable[..., Path]) -> SimpleNamespace:
     """One of the model families: `.path`, and `.oracle(tokens, new)`, the greedy tokens of transformers itself."""
@@ -78,10 +95,11 @@ def cache() -> DictionaryCache:
 
 
 class DictionaryCache:
-    """Blocks by model and hash in a dictionary, with the client's `load`, `store` and `close`."""
+    """Blocks by model and hash in a dictionary, with the client's `lookup`, `store` and `close`."""
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[str, bytes], np.ndarray] = {}
+        self.offered: set[tuple[str, bytes]] = set()
         self.connections = 0
 
     def connect(self, *, model: str, layout: Layout) -> DictionaryClient:
@@ -95,16 +113,17 @@ class DictionaryClient:
     def __init__(self, cache: DictionaryCache, model: str, layout: Layout) -> None:
         self.cache, self.model, self.layout = cache, model, layout
 
-    def load(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes = ROOT) -> int:
-        self._check(hashes, pool, pages, parent)
-        for count, (name, page) in enumerate(zip(split(hashes), pages, strict=True)):
-            if (self.model, name) not in self.cache.blocks:
-                return count
-            pool[page] = self.cache.blocks[self.model, name]
-        return len(pages)
+    def lookup(self, hashes: bytes, parent: bytes = ROOT) -> DictionaryLookup:
+        assert len(hashes) % 32 == 0
+        names = list(split(hashes))  # behind a parent that is on its way here, nothing can be found
+        found = list(takewhile(lambda name: (self.model, name) in self.cache.blocks, names))
+        return DictionaryLookup([self.cache.blocks[self.model, name] for name in found], len(names))
 
     def store(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes = ROOT) -> None:
         self._check(hashes, pool, pages, parent)
+        self.cache.offered.update((self.model, name) for name in split(hashes))
+        if parent != ROOT and (self.model, parent) not in self.cache.blocks:
+            return  # refused, as by the daemon
         for name, page in zip(split(hashes), pages, strict=True):
             self.cache.blocks[self.model, name] = pool[page].copy()
 
@@ -114,7 +133,30 @@ class DictionaryClient:
     def _check(self, hashes: bytes, pool: np.ndarray, pages: Sequence[int], parent: bytes) -> None:
         assert pool.dtype == np.uint8 and pool.flags.c_contiguous and pool.shape[1] == self.layout.block_bytes
         assert len(hashes) == 32 * len(pages) and len(hashes) > 0
-        assert parent == ROOT or (self.model, parent) in self.cache.blocks, "a block whose parent was never stored"
+        assert parent == ROOT or (self.model, parent) in self.cache.offered, "a block whose parent was never offered"
+
+
+class DictionaryLookup:
+    """The blocks that were found, for copying out once."""
+
+    def __init__(self, found: list[np.ndarray], asked: int) -> None:
+        self.found = found
+        self.blocks = self.told = len(found)
+        self.tiers = {"cpu": len(found), "miss": asked - len(found)}
+
+    def copy_into(self, pool: np.ndarray, pages: Sequence[int], first: int, count: int) -> int:
+        for page, block in zip(pages, self.found[first : first + count], strict=True):
+            pool[page] = block
+        return count
+
+    def release(self) -> None:
+        self.found = []
+
+    def __enter__(self) -> DictionaryLookup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def _oracle(model: PreTrainedModel) -> Callable[[list[int], int], list[int]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -48,3 +52,62 @@ def test_an_engine_survives_the_daemon(llama: Path, daemon: Daemon) -> None:
         after = llm.generate(prompt(100), NEW)
     assert after.hit_tokens == 0
     assert after.tokens == before.tokens
+
+
+def test_no_request_fails_and_no_step_waits_while_the_daemon_dies(llama: Path, daemon: Daemon) -> None:
+    """kill -9 in the middle of a batch of twelve: the tokens are the same, and afterwards the engine hits again."""
+    prompts = [prompt(60, seed=9)[:48] + prompt(50, seed=seed) for seed in range(12)]
+    with LLM(llama, pages=160) as plain:
+        expected = [answer.tokens for answer in plain.generate(prompts, 60)]
+    with LLM(llama, pages=160, connect=partial(Client, daemon.socket), chunk_tokens=64) as llm:
+        llm.generate(prompts[0], NEW)
+        killer = Thread(target=daemon.kill)
+        seconds = watch_steps(llm, lambda step: killer.start() if step == 10 else None)
+        answers = llm.generate(prompts, 60)
+        killer.join()
+        assert [answer.tokens for answer in answers] == expected
+        assert max(seconds) < llm.client.deadline_seconds
+        llm.check()
+        for _ in range(100):
+            again = llm.generate(prompts[3], 60)
+            assert again.tokens == expected[3]
+            if again.hit_tokens:
+                break
+            time.sleep(0.1)
+        assert again.hit_tokens >= 48
+        llm.check()
+
+
+def test_a_daemon_that_stands_still_stalls_nobody(llama: Path, daemon: Daemon) -> None:
+    """SIGSTOP: whoever looks up computes after a while, and those who run do not notice."""
+    prompts = [prompt(100, seed=seed) for seed in range(6)]
+    with LLM(llama, pages=160) as plain:
+        expected = [answer.tokens for answer in plain.generate(prompts, NEW)]
+    with LLM(llama, pages=160, connect=partial(Client, daemon.socket)) as llm:
+        llm.generate(prompts[0], NEW)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            seconds = watch_steps(llm, lambda step: None)
+            answers = llm.generate(prompts, NEW)
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        assert [answer.tokens for answer in answers] == expected
+        assert max(seconds) < 0.5
+        assert llm.engine.scheduler.counts.loads_declined > 0
+        llm.check()
+
+
+def watch_steps(llm: LLM, between: Callable[[int], object]) -> list[float]:
+    """From now on note how long each step takes, and do something between them."""
+    seconds: list[float] = []
+    step = llm.engine.step
+
+    def watched() -> list:
+        between(len(seconds))
+        began = time.monotonic()
+        done = step()
+        seconds.append(time.monotonic() - began)
+        return done
+
+    llm.engine.step = watched
+    return seconds

@@ -14,29 +14,27 @@ from tierd.errors import Busy, Invalid
 from tierd.layout import Layout
 from tierd_engine.llm import LLM
 from tierd_engine.pages import PagePool
+from tierd_engine.request import Sampling
 from tierd_engine.sequence import Sequence
 
 LAYOUT = Layout(layers=2, kv_heads=3, head_dim=4, dtype="float32")
 
 
-def test_a_random_life_of_sequences_loses_no_page() -> None:
-    """Sequences that come, grow and go in any order leave every page free, and no two share one."""
+def test_a_random_life_of_users_loses_no_page() -> None:
+    """Users that take, share and give back in any order leave every page free, and no free page has a user."""
     pool, alive, choose = PagePool(LAYOUT, 40), [], random.Random(7)
     for _ in range(500):
         if alive and choose.random() < 0.5:
-            alive.pop(choose.randrange(len(alive))).close()
+            pool.release(alive.pop(choose.randrange(len(alive))))
+        elif alive and choose.random() < 0.5:
+            alive.append(alive[choose.randrange(len(alive))])
+            pool.share(alive[-1])
         else:
-            sequence = Sequence(range(choose.randrange(1, 100)), pool)
-            alive.append(sequence)
-            try:
-                sequence.grow()
-            except Busy:
-                alive.pop()
-        pages = [page for sequence in alive for page in sequence.block_table]
-        assert len(set(pages)) == len(pages) == pool.count - pool.free_count
+            alive.append(pool.allocate(min(choose.randrange(10), pool.free_count)))
+        assert len({page for pages in alive for page in pages}) == pool.count - pool.free_count
         pool.check()
-    for sequence in alive:
-        sequence.close()
+    for pages in alive:
+        pool.release(pages)
     assert pool.free_count == 40
 
 
@@ -62,12 +60,10 @@ def test_a_failing_request_gives_its_pages_back(llama: Path, cache) -> None:
     """An exception in the middle of a generation leaks nothing."""
     with LLM(llama, pages=8, connect=cache.connect) as llm:
         llm.generate([1] * 40, 4)
-        llm.generate([2] * 40, 4)
-        llm.client.load = lambda *_: 1 / 0
+        llm.engine.runner.run = lambda *_: 1 / 0
         with pytest.raises(ZeroDivisionError):
-            llm.generate([3] * 40, 4)
-        assert llm.pool.free_count == 8
-        llm.pool.check()
+            llm.generate([[3] * 40, [4] * 20], 4)
+        llm.check()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -87,13 +83,13 @@ def test_one_page_is_one_block_byte_for_byte(dtype: str) -> None:
 
 def test_hashes_grow_with_the_tokens() -> None:
     """Hashing a sequence piece by piece names its blocks as hashing it at once does."""
-    sequence = Sequence(range(20), PagePool(LAYOUT, 8))
+    sequence = Sequence(range(20), 16, Sampling())
     for token in range(20, 100):
         sequence.hashes()
         sequence.tokens.append(token)
     assert sequence.hashes() == chain(range(100), 16)
-    assert sequence.parent(0) == bytes(32)
-    assert sequence.parent(2) == chain(range(32), 16)[-32:]
+    assert sequence.name(-1) == bytes(32)
+    assert sequence.name(1) == chain(range(32), 16)[-32:]
 
 
 @pytest.mark.parametrize(("dtype", "pages"), [("float16", 4), ("float32", 0)])

@@ -45,22 +45,23 @@ def run_python(module: str, *arguments: object, log: Path) -> str:
 
 
 class Daemon:
-    """`tierd hold -- tierd serve` with a cpu tier of 1 GiB and an nvme tier of 4 GiB; all methods have deadlines.
+    """`tierd hold -- tierd serve` with tiers of so many bytes; all methods have deadlines.
 
     Raises Closed when the daemon does not do in time what was asked.
     """
 
-    def __init__(self, runtime_dir: Path, state_dir: Path, log: Path) -> None:
+    def __init__(self, runtime_dir: Path, state_dir: Path, log: Path, *, cpu: str = "1GiB", nvme: str = "4GiB") -> None:
         self.socket = runtime_dir / "tierd.sock"
         self._runtime_dir = runtime_dir
         self._log = log
         serve = ["serve", "--socket", self.socket, "--state-dir", state_dir, "--runtime-dir", runtime_dir]
-        for setting in ("cpu.bytes=1GiB", "nvme.bytes=4GiB", "metrics.listen=127.0.0.1:0"):
+        for setting in (f"cpu.bytes={cpu}", f"nvme.bytes={nvme}", "metrics.listen=127.0.0.1:0"):
             serve += ["--set", setting]
         self._command = [*_tierd("hold"), "--", *_tierd(*serve)]
         self._holder: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
-        self._pid = 0
+        self.pid = 0
+        """Of the daemon that runs now."""
 
     def start(self) -> None:
         """Start holder and daemon; returns when the daemon answers."""
@@ -75,7 +76,12 @@ class Daemon:
         """Kill the daemon with SIGKILL; returns when the holder has started another one and that one answers."""
         assert self._pidfd is not None
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._wait_ready(other_than=self._pid)
+        self._wait_ready(other_than=self.pid)
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the daemon that runs now, since its start."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def sync(self) -> None:
         """Wait until everything that was stored is on NVMe."""
@@ -115,7 +121,7 @@ class Daemon:
             time.sleep(POLL_SECONDS)
         if self._pidfd is not None:
             os.close(self._pidfd)
-        self._pid, self._pidfd = pid, os.pidfd_open(pid)
+        self.pid, self._pidfd = pid, os.pidfd_open(pid)
 
 
 def _tierd(*arguments: object) -> list[str]:
