@@ -27,10 +27,8 @@ from tierd.space import Arena, Space
 from tierd.tiers.tier import Tier
 
 log = get_logger("keeper")
-WRITE_BACK_BYTES = 32 << 20
-"""Size of one write-back transfer."""
-WRITE_BACKS_MAX = 4
-"""Write-back transfers under way to a tier at a time."""
+WRITE_BACK_BYTES, WRITE_BACK_BLOCKS_MAX = 16 << 20, 256
+"""Size of one write-back transfer; half as many as there are io threads wait behind those under way."""
 WRITE_BACK_SHARE = 0.25
 """Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them."""
 POLL_SECONDS = 0.005
@@ -75,9 +73,10 @@ class Keeper:
 
     def _write_back(self, space: Space, tier: int) -> None:
         cache, arena = space.cache, space.arenas[tier]
-        share = int(sum(above.pool.slots for above in space.arenas[:tier]) * WRITE_BACK_SHARE / WRITE_BACKS_MAX)
-        blocks = max(1, min(128, WRITE_BACK_BYTES // arena.geometry.slot_bytes, share))
-        while cache.write_back.queues[tier] and self._writing[arena.tier.name] < WRITE_BACKS_MAX:
+        most = self.mover.threads * 3 // 2
+        share = int(sum(above.pool.slots for above in space.arenas[:tier]) * WRITE_BACK_SHARE / most)
+        blocks = max(1, min(WRITE_BACK_BLOCKS_MAX, WRITE_BACK_BYTES // arena.geometry.slot_bytes, share))
+        while cache.write_back.queues[tier] and self._writing[arena.tier.name] < most:
             if arena.pool.free < blocks:
                 if self.can_grow(arena):
                     self._background(self._grow_and_pump(space, arena))

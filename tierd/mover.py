@@ -1,10 +1,10 @@
 """Moves blocks between tiers, in worker threads: demand loads before prefetches before write-back.
 
-A transfer is cut into parts, one list of blocks per thread, so that every thread keeps the medium busy with one list and
-nobody pays for a future per block. Who copies: between memory and file the medium's DMA engine, straight from or to the
-slots of the memory segment (the daemon only digests what passes); between two tiers in memory the io threads, by
-`np.copyto`, which releases the GIL. A transfer that was submitted always ends in `Space.finish`, whatever
-happens to those who wait for it.
+A transfer that somebody waits for is cut into parts, one list of blocks per thread, so that every thread keeps the
+medium busy with one list and nobody pays for a future per block; a write-back is one part, since others go on beside
+it. Who copies: between memory and file the medium's DMA engine, straight from or to the slots of the memory segment
+(the daemon only digests what passes); between two tiers in memory the io threads, by `np.copyto`, which releases the
+GIL. A transfer that was submitted always ends in `Space.finish`, whatever happens to those who wait for it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ Slots = NDArray[np.int32]
 Payload = NDArray[np.uint8]
 OUTCOME = np.zeros(3, np.uint8)
 OUTCOME[[READ_OK, READ_FAILED, READ_DAMAGED]] = OK, IO_ERROR, MISMATCH
-
-PART_BYTES_MIN = 8 << 20
-"""Nobody waits for a write-back, so its parts are large: each costs a thread some Python."""
 
 
 class Mover:
@@ -63,9 +60,8 @@ class Mover:
         """Start a transfer; on the loop only."""
         self.in_flight[transfer.reason] += 1
         job = _Job(space, transfer)
-        blocks_min = PART_BYTES_MIN // space.namespace.layout.block_bytes if transfer.reason == WRITE_BACK else 1
-        parts_max = max(1, len(transfer) // max(1, blocks_min))
-        parts = np.array_split(np.arange(len(transfer)), min(self.threads, parts_max))
+        cuts = 1 if transfer.reason == WRITE_BACK else min(self.threads, len(transfer))
+        parts = np.array_split(np.arange(len(transfer)), cuts)
         job.parts = len(parts)
         for part in parts:
             heapq.heappush(self._queue, (REASONS.index(transfer.reason), next(self._order), job, part))

