@@ -180,6 +180,8 @@ class Connection:
         self._reader = FrameReader(server.limits.hello_frame_bytes_max)
         self._unsent: deque[Unsent] = deque()
         self._unsent_bytes = 0
+        self._turn: list[memoryview] | None = None
+        """Answers of the present turn, sent together when it ends; None between turns."""
         self._behind = False
         """Whether complete frames wait for another turn."""
         self._hello: str | None = "" if server.admin else None
@@ -208,6 +210,21 @@ class Connection:
         if self.closed:
             return
         parts = [memoryview(part) for part in frame(message)]
+        if self._turn is not None and not descriptors:
+            self._turn += parts
+            return
+        self._send_turn()
+        self._send(parts, descriptors)
+
+    def _send_turn(self) -> None:
+        """Send what the present turn has answered so far: one system call, and one wake-up of the peer."""
+        if self._turn:
+            parts, self._turn = self._turn, []
+            self._send(parts, ())
+
+    def _send(self, parts: list[memoryview], descriptors: Sequence[int]) -> None:
+        if self.closed:
+            return
         if not self._unsent:
             try:
                 parts = after(parts, send_now(self._socket, parts, descriptors))
@@ -226,7 +243,8 @@ class Connection:
             self.close(f"{self._unsent_bytes} bytes unsent: the peer does not read")
 
     def close(self, reason: str) -> None:
-        """End the connection, and cancel what it waits for; what was not sent yet is dropped."""
+        """End the connection, and cancel what it waits for; what the peer does not take at once is dropped."""
+        self._send_turn()
         if self.closed:
             return
         self.closed = True
@@ -270,6 +288,7 @@ class Connection:
     def _take_turn(self) -> None:
         """Answer what was received, but let the others have their turn after a while."""
         self._behind = False
+        self._turn = []
         try:
             for taken, payload in enumerate(self._reader, 1):
                 self._take(decode(payload))
@@ -281,6 +300,9 @@ class Connection:
                     return
         except Invalid as error:
             self._refuse(error)
+        finally:
+            self._send_turn()
+            self._turn = None
 
     def _take_next_turn(self) -> None:
         if not self.closed:

@@ -60,6 +60,8 @@ def test_a_chain_goes_on_behind_its_parent(daemon: Daemon, connect: Connect) -> 
     assert (out == pool).all()
     assert client.store(names(1, 5), pool, [0], parent=names(1, 6)) == MISS
     assert client.statistics["failures"] == {"gone": 1}
+    assert client.store(names(80, 7), pool, range(80), parent=names(1, 6)) == Stored(0, 0, 80)
+    assert client.store(names(80, 8), pool, range(80)).stored == 80, "what was asked for in vain holds no slots"
 
 
 def test_no_room_stores_the_head_and_refuses_the_rest(daemon: Daemon, connect: Connect) -> None:
