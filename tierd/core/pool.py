@@ -263,11 +263,16 @@ class Pool:
         self._push(slots)
 
     def _push(self, slots: Slots) -> None:
-        """Free slots are taken again in the order that they have here: neighbours stay neighbours."""
+        """The lowest are taken first, among the latest at least: else a chain is soon spread over all segments, and each
+        of them costs a store its array operations and the medium a call.
+        """
         self._stack[self._free : self._free + len(slots)] = slots[::-1]
         self._free += len(slots)
+        latest = self._stack[max(0, self._free - SORTED_MAX) : self._free]
+        latest[::-1].sort()
 
 
+SORTED_MAX = 4096
 RUN_MIN = 8
 """Runs shorter than this are not worth a slice each."""
 SMALL = 64

@@ -17,7 +17,7 @@ from tierd.core.ladder import Ladder
 from tierd.core.plan import Slots, any_of
 
 QUANTUM = 1024
-"""Evict at least this many at a time (or a 64th of the tier), so that the cost per block is an array operation's."""
+"""Evict at least this many at a time (or a 32nd of the tier), so that the cost per block is an array operation's."""
 
 
 class Room:
@@ -33,7 +33,7 @@ class Room:
         """
         pool = self._pools[tier]
         if pool.free < count:
-            self._evict(tier, max(count - pool.free, min(QUANTUM, pool.slots // 64)), behind)
+            self._evict(tier, max(count - pool.free, min(QUANTUM, pool.slots // 32)), behind)
         return pool.take(count)
 
     def vacate(self, tier: int, ordinal: int) -> None:
