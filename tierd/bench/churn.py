@@ -60,8 +60,10 @@ class Tree:
         node = pieces[-1].node if pieces else self.index.root
         known = sum(piece.blocks for piece in pieces)
         new = len(hashes) // HASH_BYTES - known
-        for piece in pieces:
-            self._repair(piece)
+        below = [piece.node.slots[NVME, piece.start : piece.end] for piece in pieces]
+        if below and np.concatenate(below).min() < 0:
+            for piece in pieces:
+                self._repair(piece)
         rows = np.full((len(self.pools), new), -1, np.int32)
         for tier, pool in enumerate(self.pools):
             slots = self._room.take(tier, new, behind=node)
