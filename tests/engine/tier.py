@@ -20,8 +20,8 @@ PATIENCE_SECONDS = 20.0
 
 
 def gpu_daemon(folder: Path, held: bool = False, **values: Any) -> Daemon:
-    """A daemon, not started yet, with two segments of gpu tier above four of cpu and many of nvme."""
-    sizes = {"gpu": SEGMENTS, "cpu": 4, "nvme": 64}
+    """A daemon, not started yet, with two segments of gpu tier above two of cpu and many of nvme."""
+    sizes = {"gpu": SEGMENTS, "cpu": 2, "nvme": 64}
     flags = {f"{tier}_bytes": count * SEGMENT_BYTES for tier, count in sizes.items()}
     flags |= {f"{tier}_segment_bytes": SEGMENT_BYTES for tier in sizes}
     return Daemon(folder, settings(**(flags | {"cpu_huge_pages": "off"} | values)), held)
