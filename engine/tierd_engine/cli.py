@@ -81,7 +81,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="directory or .gguf file of a local model")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind, interleaved (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the talks to hold (%(default)s)")
-    parser.add_argument("--modes", default="off,cpu,cpu+nvme", help="comma-separated (%(default)s)")
+    parser.add_argument("--modes", default="off,cpu,cpu+nvme,all", help="comma-separated (%(default)s)")
     parser.add_argument("--only", help="one workload, and no sweep over block sizes")
     parser.add_argument("--pool-tokens", type=int, default=12_288, help="tokens that the KV pages hold (%(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path(".demo"), help="where the nvme tier lies (%(default)s)")
