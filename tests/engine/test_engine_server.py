@@ -28,16 +28,17 @@ PAGES = 96
 SYSTEM = "You answer in riddles, you never lie, and you have all the time that there is in the world. " * 2
 
 
-@pytest.fixture(scope="module")
-def served(spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """`tierd-engine serve` with a daemon: `.url`, `.client`, `.daemon`, `.oracle(text, new)` and `.metric(name)`."""
+@pytest.fixture(scope="module", params=["copy", "tier"])
+def served(request: pytest.FixtureRequest, spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """`tierd-engine serve` with a daemon, used in both ways: `.url`, `.client`, `.daemon`, `.oracle(text, new)` and `.metric(name)`."""
     work = tmp_path_factory.mktemp("s")
-    daemon = Daemon(work, work / "state", work / "daemon.log")
+    daemon = Daemon(work, work / "state", work / "daemon.log", gpu=64 << 20)
     daemon.start()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["--tierd", daemon.socket, "--port", port, "--pages", PAGES, "--name", "tiny", "--chunk-tokens", 64]
+    arguments += ["--memory", request.param]
     with (work / "server.log").open("w") as log:
         command = [COMMAND, "serve", spoken, *arguments]
         process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})

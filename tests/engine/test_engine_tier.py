@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.daemon.harness import Daemon
-from tests.engine.test_engine_schedules import NEW_MAX, Twins, run
+from tests.engine.test_engine_schedules import NEW_MAX, PROMPTS, Twins, run
 from tests.engine.test_engine_tokens import prompt
 from tests.engine.tier import check_nothing_is_held, gpu_daemon, slots, tier_memory
 from tierd.block import chain
@@ -181,6 +182,41 @@ def test_no_request_fails_and_no_step_waits_while_the_daemon_dies(
     check_answers(twins, again + more)
     check_nothing_is_held(daemon, engine)
     engine.close()
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["kept", "cold"])
+def test_engines_under_pressure_answer_right_through_kills(twins: Twins, launch: Callable[..., Daemon], held: bool) -> None:
+    """Two engines share a tier too small for one, requests come and go at random, and the daemon is killed three times."""
+    daemon, dice = launch(held=held), random.Random(held)
+    engines = [twins.engine(tier_memory(daemon, twins.layout, 18), chunk_tokens=size) for size in (16, 512)]
+    done: list[Sequence] = []
+    killer = Thread()
+    for step in range(1200):
+        engine = dice.choice(engines)
+        if len(engine.scheduler.waiting) < 6 and dice.random() < 0.15:
+            done += ask(engine, [dice.choice(PROMPTS)], dice.randint(1, NEW_MAX), n=dice.choice([1, 1, 1, 2, 3]))
+        if dice.random() < 0.02:
+            engine.abort(engine.scheduler.waiting[-1:] + engine.scheduler.running[-1:])
+        if step % 400 == 200:
+            killer = Thread(target=kill, args=(daemon,))
+            killer.start()
+        engine.step()
+        if step % 400 == 399:
+            killer.join()
+    for engine in engines:
+        run(engine)
+        steps_until(engine, lambda: engine.memory.client.alive)  # noqa: B023
+    check_answers(twins, done)
+    check_nothing_is_held(daemon, *engines)
+    for engine in engines:
+        engine.close()
+
+
+def kill(daemon: Daemon) -> None:
+    """kill -9, and another life."""
+    daemon.kill()
+    if not daemon.held:
+        daemon.start()
 
 
 def test_an_answer_begun_before_a_cold_restart_ends_after_it(twins: Twins, launch: Callable[..., Daemon]) -> None:
