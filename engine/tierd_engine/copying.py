@@ -63,7 +63,7 @@ class CopyingMemory(PrivateMemory):
             self._submit(self._loaders, load.answered, self.client.lookup, hashes[load.first * HASH_BYTES :], parent)
         return load
 
-    def reserve(self, count: int) -> Reservation:
+    def reserve(self, count: int, urgent: bool = False) -> Reservation:
         """As many pages as are free, at most `count`; later, when stores will give back more."""
         reserving = Reserving(count)
         self._reserving = reserving

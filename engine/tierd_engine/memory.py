@@ -79,7 +79,9 @@ class Memory(Protocol):
     count: int
 
     def lookup(self, hashes: bytes) -> Lookup: ...
-    def reserve(self, count: int) -> Reservation: ...
+    def reserve(self, count: int, urgent: bool = False) -> Reservation:
+        """Pages to write to; `urgent`: nobody is left whose pages could be waited for."""
+
     def commit(self, pages: List[int], parents: bytes, hashes: bytes) -> Commit: ...
     def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None: ...
 
@@ -116,7 +118,7 @@ class PrivateMemory:
         self.hits["live"] += len(pages)
         return Shared(self, pages)
 
-    def reserve(self, count: int) -> Reservation:
+    def reserve(self, count: int, urgent: bool = False) -> Reservation:
         """As many pages as are free, at most `count`."""
         return Reserved(self.pool.allocate(min(count, self.pool.free_count)))
 

@@ -61,9 +61,9 @@ class TierMemory:
         """What is in use just now and, asked of the daemon, what is in its tiers: it comes to the gpu tier by itself."""
         return self._settled(Found(self, hashes))
 
-    def reserve(self, count: int) -> Reservation:
-        """Slots, or pages of our own when there are none."""
-        return self._settled(Reserving(self, count))
+    def reserve(self, count: int, urgent: bool = False) -> Reservation:
+        """Slots; pages of our own when tierd is away, or has none and it is urgent: what is in them is in no tier."""
+        return self._settled(Reserving(self, count, urgent))
 
     def commit(self, pages: List[int], parents: bytes, hashes: bytes) -> Commit:
         """Name slots, for everybody; and what the daemon does not take among ourselves."""
@@ -101,14 +101,16 @@ class TierMemory:
 
     # For tickets.
 
-    def reserved(self, slots: list[int], count: int) -> list[int]:
-        """Slots that the daemon gave, or else up to `count` pages of our own; all hold finite numbers.
+    def private(self, count: int) -> list[int]:
+        """Up to `count` pages of our own."""
+        return self.pool.allocate(min(count, self.pool.free_count))
+
+    def adopt(self, slots: list[int]) -> list[int]:
+        """Slots that the daemon gave, made to hold finite numbers.
 
         Whatever was in a slot before is there still, perhaps the remains of a transfer that failed. Zeroing it costs some 12
         to 70 us for 720 KiB, a thousandth of what computing its tokens does.
         """
-        if not slots:
-            return self.pool.allocate(min(count, self.pool.free_count))
         self.pool.adopt(slots)
         self.client.memory[slots] = 0
         return slots
@@ -221,16 +223,21 @@ class Found:
 class Reserving:
     """Slots as soon as the daemon has answered, or pages of our own."""
 
-    def __init__(self, memory: TierMemory, count: int) -> None:
+    def __init__(self, memory: TierMemory, count: int, urgent: bool) -> None:
         self.done = False
         self.pages: List[int] = []
-        self._memory, self._count = memory, count
+        self._memory, self._count, self._urgent = memory, count, urgent
         self._reserved = memory.client.reserve(count)
 
     def settle(self) -> bool:
         """Whether there is an answer; the pages are counted with it."""
         if self._reserved.done:
-            self.pages, self.done = self._memory.reserved(self._reserved.pages.tolist(), self._count), True
+            memory, slots = self._memory, self._reserved.pages.tolist()
+            if slots:
+                self.pages = memory.adopt(slots)
+            elif self._urgent or not memory.client.alive:
+                self.pages = memory.private(self._count)
+            self.done = True
         return self.done
 
 

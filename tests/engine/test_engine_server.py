@@ -30,7 +30,10 @@ SYSTEM = "You answer in riddles, you never lie, and you have all the time that t
 
 @pytest.fixture(scope="module", params=["copy", "tier"])
 def served(request: pytest.FixtureRequest, spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """`tierd-engine serve` with a daemon, used in both ways: `.url`, `.client`, `.daemon`, `.oracle(text, new)` and `.metric(name)`."""
+    """`tierd-engine serve` with a daemon, used in both ways.
+
+    `.url`, `.client`, `.daemon`, `.top` (the tier of hits), `.oracle(text, new)` and `.metric(name)`.
+    """
     work = tmp_path_factory.mktemp("s")
     daemon = Daemon(work, work / "state", work / "daemon.log", gpu=64 << 20)
     daemon.start()
@@ -52,6 +55,7 @@ def served(request: pytest.FixtureRequest, spoken: Path, tmp_path_factory: pytes
             url=url,
             client=OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60),
             daemon=daemon,
+            top="gpu" if request.param == "tier" else "cpu",
             oracle=lambda text, new: tokenizer.decode(greedy(tokenizer(text)["input_ids"], new)),
             metric=lambda name: metric(url, name),
         )
@@ -123,7 +127,7 @@ def test_concurrent_chats_with_a_shared_system_prompt_hit_it(served: SimpleNames
     assert served.metric("tierd_engine_hit_tokens_total") >= sum(cached)
     wait_until(lambda: served.metric("tierd_engine_pages_free") == PAGES, 10)
     converse(0)
-    assert served.metric('tierd_engine_blocks_looked_up_total{tier="cpu"}') > 0
+    assert served.metric(f'tierd_engine_blocks_looked_up_total{{tier="{served.top}"}}') > 0
 
 
 def test_a_stream_is_the_answer_in_pieces(served: SimpleNamespace) -> None:
