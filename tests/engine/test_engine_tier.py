@@ -313,6 +313,27 @@ def test_a_twin_of_a_page_that_is_held_is_held_once(twins: Twins, launch: Callab
     memory.close()
 
 
+def test_private_pages_are_the_last_resort(twins: Twins, launch: Callable[..., Daemon]) -> None:
+    """With all slots held there is nothing, unless it is urgent; without a daemon there is nothing else."""
+    daemon = launch()
+    memory = tier_memory(daemon, twins.layout, 2)
+    held = list(_answered(memory, memory.reserve(slots(twins.layout) + 5)).pages)
+    assert len(held) == slots(twins.layout)
+    assert list(_answered(memory, memory.reserve(1)).pages) == []
+    urgent = list(_answered(memory, memory.reserve(5, urgent=True)).pages)
+    assert urgent == list(memory.client.private)
+    memory.release(urgent)
+    daemon.kill()
+    while memory.client.alive:
+        memory.wait(0.01)
+        memory.poll()
+    away = memory.reserve(1)
+    assert away.done and away.pages[0] in memory.client.private
+    memory.release([*held, *away.pages])
+    memory.check()
+    memory.close()
+
+
 def _answered(memory, ticket):
     while not ticket.done:
         memory.wait(0.01)
