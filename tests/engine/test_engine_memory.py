@@ -220,7 +220,7 @@ def test_no_decode_step_waits_for_a_page(twins: Twins) -> None:
         engine.add(prompt(20 + seed, seed=seed), Sampling(max_tokens=60))
     asked = []
     reserve = engine.memory.reserve
-    engine.memory.reserve = lambda count: (asked.append(count), reserve(count))[1]
+    engine.memory.reserve = lambda count, urgent: (asked.append(count), reserve(count, urgent))[1]
     run(engine)
     assert engine.scheduler.counts.steps_waited == 0
     assert len(asked) < engine.scheduler.counts.steps / 2, "reserved in batches"
