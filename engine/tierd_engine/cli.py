@@ -38,7 +38,9 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--tierd", type=Path, metavar="SOCKET", help="the daemon's socket (default: no daemon)")
-    parser.add_argument("--pages", type=int, default=2048, help="KV pages (%(default)s)")
+    how = "how tierd is used: copy blocks, or compute in the slots of its gpu tier (%(default)s)"
+    parser.add_argument("--memory", choices=("copy", "tier"), default="copy", help=how)
+    parser.add_argument("--pages", type=int, default=2048, help="KV pages of the engine's own (%(default)s)")
     parser.add_argument("--block-tokens", type=int, default=16, help="tokens of a page (%(default)s)")
     parser.add_argument("--chunk-tokens", type=int, default=512, help="prompt tokens of one step (%(default)s)")
     parser.add_argument("--running-max", type=int, default=64, help="sequences of one step (%(default)s)")
@@ -50,12 +52,16 @@ def _serve(options: argparse.Namespace) -> int:
     import uvicorn
 
     from tierd.client import Client
+    from tierd.client.pages import PageClient
     from tierd_engine.llm import LLM
     from tierd_engine.server import Server
+    from tierd_engine.tier import TierMemory
 
+    client = PageClient if options.memory == "tier" else Client
     llm = LLM(
         options.model,
-        connect=partial(Client, options.tierd, name="tierd-engine") if options.tierd else None,
+        connect=partial(client, options.tierd, name="tierd-engine") if options.tierd else None,
+        memory=options.memory,
         pages=options.pages,
         dtype=options.dtype,
         device=options.device,
@@ -64,6 +70,8 @@ def _serve(options: argparse.Namespace) -> int:
         running_max=options.running_max,
     )
     llm.tokenizer  # noqa: B018  a model without one is refused now
+    if isinstance(llm.memory, TierMemory) and not llm.memory.client.alive:
+        print(f"tierd-engine: no slots from tierd until it answers: {llm.memory.client.trouble}", file=sys.stderr)
     server = Server(llm, options.name or [options.model.resolve().stem])
     uvicorn.run(server.app, host=options.host, port=options.port, log_level="info", access_log=False)
     return 0
@@ -73,7 +81,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="directory or .gguf file of a local model")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind, interleaved (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the talks to hold (%(default)s)")
-    parser.add_argument("--modes", default="off,cpu,cpu+nvme", help="comma-separated (%(default)s)")
+    parser.add_argument("--modes", default="off,cpu,cpu+nvme,all", help="comma-separated (%(default)s)")
     parser.add_argument("--only", help="one workload, and no sweep over block sizes")
     parser.add_argument("--pool-tokens", type=int, default=12_288, help="tokens that the KV pages hold (%(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path(".demo"), help="where the nvme tier lies (%(default)s)")

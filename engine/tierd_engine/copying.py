@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tierd.block import HASH_BYTES, ROOT, split
 from tierd.clock import monotonic_seconds
 from tierd.layout import Layout
-from tierd_engine.load import HOLE, Load, Target, pieces
+from tierd_engine.load import HOLE, Load, Speeds, Target, pieces
 from tierd_engine.memory import NAMED, Commit, Lookup, PrivateMemory, Reservation
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ LOAD_THREADS = 4
 """Most of what they do is to wait for the daemon."""
 STORE_BLOCKS = 8
 """Blocks that fill during decode are stored that many at a time, or when their sequence ends."""
-NEWEST = 0.3
-"""Weight of the newest measurement in an average; what declining a load takes off its estimate, so that it is tried again."""
 DRAIN_SECONDS_MAX = 30.0
 
 
@@ -53,7 +51,7 @@ class CopyingMemory(PrivateMemory):
         self._storing = 0
         self._reserving: Reserving | None = None
         self._unstored: list[tuple[bytes, bytes, int]] = []
-        self._seconds_per_block = {"memory": 0.0, "disk": 0.0}
+        self.speeds = Speeds()
 
     def lookup(self, hashes: bytes) -> Lookup:
         """What is in use just now and, asked of the daemon, what is in its tiers."""
@@ -65,7 +63,7 @@ class CopyingMemory(PrivateMemory):
             self._submit(self._loaders, load.answered, self.client.lookup, hashes[load.first * HASH_BYTES :], parent)
         return load
 
-    def reserve(self, count: int) -> Reservation:
+    def reserve(self, count: int, urgent: bool = False) -> Reservation:
         """As many pages as are free, at most `count`; later, when stores will give back more."""
         reserving = Reserving(count)
         self._reserving = reserving
@@ -123,7 +121,8 @@ class CopyingMemory(PrivateMemory):
 
     def live(self, hashes: bytes) -> list[int]:
         """The page of every block that is in use now, shared with the caller, and HOLE for the others."""
-        pages = [self._blocks.get(name, HOLE) for name in split(hashes)]
+        found = map(self.blocks.get, split(hashes))
+        pages = [HOLE if page is None else page for page in found]
         self.pool.share(page for page in pages if page != HOLE)
         return pages
 
@@ -147,20 +146,6 @@ class CopyingMemory(PrivateMemory):
             return page
         self.pool.release([page])  # somebody computed the same meanwhile
         return int(code)
-
-    def estimate(self, blocks: int, medium: str) -> float:
-        """Seconds that a load of so many blocks will take, from what earlier ones took."""
-        return blocks * self._seconds_per_block[medium]
-
-    def decline(self, medium: str) -> None:
-        """A load was not worth its time: the estimate ages, so that one day it is measured again."""
-        self._seconds_per_block[medium] *= 1 - NEWEST
-
-    def measured(self, medium: str, blocks: int, seconds: float, whole: bool) -> None:
-        """Loading so many blocks took so long, or at least so long when the load was not `whole`."""
-        before, now = self._seconds_per_block[medium], seconds / blocks
-        if whole or now > before:
-            self._seconds_per_block[medium] = before + NEWEST * (now - before) if before else now
 
     # In workers.
 

@@ -17,24 +17,32 @@ from tierd_engine.memory import Memory, PrivateMemory
 from tierd_engine.model import BLOCK_TOKENS, fingerprint, layout_of, load_model, load_tokenizer
 from tierd_engine.request import Limits, Sampling
 from tierd_engine.sequence import Sequence
+from tierd_engine.tier import SLOTS_MAX, TierMemory
 
 if TYPE_CHECKING:
     from tierd.client import Client
 
 Prompt = str | Tokens[int]
+MEMORIES = ("copy", "tier")
 
 
 class Connect(Protocol):
-    """Makes the client for a model, once the engine knows its name and layout: `functools.partial(Client, socket)`."""
+    """Makes the client for a model, once the engine knows its name and layout.
 
-    def __call__(self, *, model: str, layout: Layout) -> Client: ...
+    `functools.partial(Client, socket)`; for memory="tier" `functools.partial(PageClient, socket)`, which is also told
+    `pages_max` and `private_pages`.
+    """
+
+    def __call__(self, *, model: str, layout: Layout, **pages: int) -> Any: ...
 
 
 class LLM:
     """A loaded model that generates from text or token ids, many requests at a time.
 
     `connect` gives it a tierd client, which it then owns; without one everything is computed, and the tokens are the
-    same. `pages` KV pages of `block_tokens` tokens bound what is in work. Raises Invalid for what the engine cannot run.
+    same. With `memory` "copy" blocks are copied to and from tierd's cpu tier, with "tier" the slots of its gpu tier are
+    the pages. `pages` KV pages of `block_tokens` tokens are the engine's own: they bound what is in work ("tier": the
+    longest request, and what is in work while tierd is away). Raises Invalid for what the engine cannot run.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class LLM:
         model_path: str | Path,
         *,
         connect: Connect | None = None,
+        memory: str = "copy",
         pages: int = 512,
         dtype: str = "float32",
         device: str = "cpu",
@@ -51,12 +60,17 @@ class LLM:
     ) -> None:
         if connect and device != "cpu":
             raise Invalid(f"engine: KV pages on {device!r} cannot be shared with tierd; use device='cpu' or no client")
+        if memory not in MEMORIES:
+            raise Invalid(f"engine: memory {memory!r} is not one of {', '.join(MEMORIES)}")
         self.model_path = Path(model_path)
         model = load_model(model_path, dtype, device)
         self.layout = layout_of(model, dtype, block_tokens)
         self.client: Client | None = None
         self.memory: Memory
-        if connect:
+        if connect and memory == "tier":
+            slots = connect(model=fingerprint(model), layout=self.layout, pages_max=SLOTS_MAX, private_pages=pages)
+            self.memory = TierMemory(self.layout, slots)
+        elif connect:
             self.client = connect(model=fingerprint(model), layout=self.layout)
             self.memory = CopyingMemory(self.layout, pages, self.client)
         else:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from tierd_engine.copying import CopyingMemory
 
 HOLE = -1
+NEWEST = 0.3
+"""Weight of the newest measurement in an average; what declining a load takes off its estimate, so that it is tried again."""
 PIECE_BLOCKS = 32
 """Blocks that are copied before the load looks whether it was given up."""
 
@@ -39,7 +41,7 @@ class Load:
     @property
     def seconds(self) -> float:
         """How long the rest is expected to take."""
-        return self._memory.estimate(self.blocks - self.ready, self.medium)
+        return self._memory.speeds.estimate(self.blocks - self.ready, self.medium)
 
     def name(self, block: int) -> bytes:
         """Hash of a block."""
@@ -91,7 +93,7 @@ class Load:
     def ended(self, targets: list[Target], seconds: float) -> None:
         """Nothing more will be copied; what did not arrive is a miss, and its pages are free again."""
         whole = not self.stopped
-        self._memory.measured(self.medium, max(self._placed, 1) if whole else len(targets), seconds, whole)
+        self._memory.speeds.measured(self.medium, max(self._placed, 1) if whole else len(targets), seconds, whole)
         self._memory.pool.release(page for _, page in targets[self._placed :])
         if not self.stopped:
             self._cut(self.ready)
@@ -99,7 +101,7 @@ class Load:
     def stop(self) -> None:
         """Be content with what is ready."""
         if not self.stopped and not (self.done and self.ready == self.blocks):
-            self._memory.decline(self.medium)
+            self._memory.speeds.decline(self.medium)
             self._end()
         self._cut(self.ready)
 
@@ -125,6 +127,27 @@ class Load:
         self.blocks = blocks
         self.pages, rest = self.pages[:blocks], self.pages[blocks:]
         self._memory.release([page for page in rest if page != HOLE])
+
+
+class Speeds:
+    """What loads took: seconds per block from "memory" (another tier of it) and from "disk"."""
+
+    def __init__(self) -> None:
+        self._seconds_per_block = {"memory": 0.0, "disk": 0.0}
+
+    def estimate(self, blocks: int, medium: str) -> float:
+        """Seconds that a load of so many blocks will take, from what earlier ones took."""
+        return blocks * self._seconds_per_block[medium]
+
+    def decline(self, medium: str) -> None:
+        """A load was not worth its time: the estimate ages, so that one day it is measured again."""
+        self._seconds_per_block[medium] *= 1 - NEWEST
+
+    def measured(self, medium: str, blocks: int, seconds: float, whole: bool) -> None:
+        """Loading so many blocks took so long, or at least so long when the load was not `whole`."""
+        before, now = self._seconds_per_block[medium], seconds / blocks
+        if whole or now > before:
+            self._seconds_per_block[medium] = before + NEWEST * (now - before) if before else now
 
 
 def pieces(targets: list[Target]) -> Iterator[list[Target]]:

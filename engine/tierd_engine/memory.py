@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tierd.block import split
 from tierd.layout import Layout
-from tierd_engine.pages import PagePool
+from tierd_engine.pages import Blocks, PagePool
 
 NAMED, NAMELESS = -1, -2
 
@@ -69,14 +69,19 @@ class Commit(Protocol):
 
 
 class Memory(Protocol):
-    """Pages and prefixes. Hashes are packed, 32 bytes a block, head first; parents likewise, one a block."""
+    """Pages and prefixes. Hashes are packed, 32 bytes a block, head first; parents likewise, one a block.
+
+    `count` pages are there whatever happens elsewhere: a sequence must fit them. The last page of `tensor` is one of them.
+    """
 
     tensor: torch.Tensor
     layout: Layout
     count: int
 
     def lookup(self, hashes: bytes) -> Lookup: ...
-    def reserve(self, count: int) -> Reservation: ...
+    def reserve(self, count: int, urgent: bool = False) -> Reservation:
+        """Pages to write to; `urgent`: nobody is left whose pages could be waited for."""
+
     def commit(self, pages: List[int], parents: bytes, hashes: bytes) -> Commit: ...
     def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None: ...
 
@@ -105,21 +110,15 @@ class PrivateMemory:
         self.count = pages
         self.hits: Counter[str] = Counter()
         self.turns: Counter[str] = Counter()
-        self._blocks: dict[bytes, int] = {}
-        self._names: dict[int, bytes] = {}
+        self.blocks = Blocks(self.pool)
 
     def lookup(self, hashes: bytes) -> Lookup:
         """What is in use just now, head first."""
-        pages = []
-        for name in split(hashes):
-            if (page := self._blocks.get(name)) is None:
-                break
-            pages.append(page)
-        self.pool.share(pages)
+        pages = self.blocks.share_prefix(hashes)
         self.hits["live"] += len(pages)
         return Shared(self, pages)
 
-    def reserve(self, count: int) -> Reservation:
+    def reserve(self, count: int, urgent: bool = False) -> Reservation:
         """As many pages as are free, at most `count`."""
         return Reserved(self.pool.allocate(min(count, self.pool.free_count)))
 
@@ -127,23 +126,15 @@ class PrivateMemory:
         """Name pages, or find their twins."""
         codes = np.full(len(pages), NAMED, np.int32)
         for at, (page, name) in enumerate(zip(pages, split(hashes), strict=True)):
-            twin = self._blocks.get(name)
-            if twin is not None:
-                self.pool.share([twin])
+            if (twin := self.blocks.put(page, name)) is not None:
                 codes[at] = twin
-            else:
-                self._blocks[name] = page
-                self._names[page] = name
         return Committed(codes)
 
     def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None:
         """End the caller's hold; a block that nobody holds is forgotten."""
         if turn:
             self.turns[turn] += 1
-        for page in self.pool.release(pages):
-            name = self._names.pop(page, None)
-            if name is not None:
-                del self._blocks[name]
+        self.blocks.release(pages)
 
     def poll(self) -> None:
         """Everything is answered at once."""
@@ -153,9 +144,8 @@ class PrivateMemory:
 
     def check(self) -> None:
         """Every page is free, and none has a name."""
-        self.pool.check()
-        assert self.pool.free_count == self.count, f"{self.pool!r}: somebody still holds pages"
-        assert not self._blocks and not self._names, "a page that nobody holds has a name"
+        self.pool.check_idle()
+        self.blocks.check_empty()
 
     def statistics(self) -> dict[str, int]:
         """Free pages, and blocks found by where they were."""

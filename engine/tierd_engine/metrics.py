@@ -46,8 +46,8 @@ class EngineCollector(Collector):
         gauges = {
             "sequences_waiting": ("Sequences in the queue.", len(scheduler.waiting)),
             "sequences_running": ("Sequences in the batch.", len(scheduler.running)),
-            "pages": ("KV pages.", self._engine.memory.count),
-            "pages_free": ("KV pages that nobody holds.", memory["pages_free"]),
+            "pages": ("KV pages of the engine's own.", self._engine.memory.count),
+            "pages_free": ("Own KV pages that nobody holds.", memory["pages_free"]),
             "prefill_tokens_per_second": ("Measured speed of prefill.", scheduler.prefill_tokens_per_second),
         }
         for name, (text, value) in gauges.items():

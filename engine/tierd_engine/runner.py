@@ -15,7 +15,7 @@ from tierd_engine.scheduler import Chunk
 class Runner:
     """A transformers model that computes with its KV in pages, `tensor [page, layer, K/V, head, token, dim]`.
 
-    A forward pass over one token at construction (in page 0, which nobody may use yet) proves that every layer goes
+    A forward pass over one token at construction (in the last page, which nobody uses yet) proves that every layer goes
     through the pages; raises Invalid if not.
     """
 
@@ -57,7 +57,7 @@ class Runner:
         return output.logits[0].float()
 
     def _prove_every_layer_pages(self) -> None:
-        step = Step(self.tensor, self.layout, [Span([0], 0, 1)])
+        step = Step(self.tensor, self.layout, [Span([len(self.tensor) - 1], 0, 1)])
         try:
             self._forward([0], step, [0])
         except TypeError as error:

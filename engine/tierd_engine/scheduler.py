@@ -316,7 +316,8 @@ class Scheduler:
     def _has(self, pages: int) -> bool:
         """Whether so many pages are spare; if not, asks for them."""
         if len(self._spare) < pages and self._asked is None:
-            self._asked = self.memory.reserve(pages - len(self._spare))
+            urgent = self._denied and not (self.running and self._others_hold_pages())
+            self._asked = self.memory.reserve(pages - len(self._spare), urgent)
             self._settle_reservation()
         return len(self._spare) >= pages
 

@@ -190,6 +190,10 @@ def test_a_lookup_may_be_given_up_at_any_time(paged: Daemon, connect: Connect) -
         found = client.lookup(hashes)
         for _ in range(polls):
             client.poll()
+        if polls % 2:
+            found.stop()
+            assert found.done and found.blocks == found.ready
+            check(client, found.pages, hashes)
         found.release()
         found.release()
     until(client, lambda: not client._asked)
@@ -334,6 +338,7 @@ def test_pages_outlive_a_daemon_whose_memory_is_gone(start: Start, connect: Conn
     daemon.start()
     until(client, lambda: client.alive)
     check(client, pages, hashes)
+    assert (answer(client, client.commit(pages, (ROOT + hashes)[: len(hashes)], hashes)).codes == -2).all()
     other = reserve(client, 2 * SLOTS)
     assert len(other) == SLOTS and not set(other.tolist()) & set(pages.tolist()), "orphans are in the way of new pages"
     client.release(other)

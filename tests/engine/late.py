@@ -20,8 +20,8 @@ class LateMemory:
     def lookup(self, hashes: bytes) -> LateLookup:
         return LateLookup(self, self.memory.lookup(hashes))
 
-    def reserve(self, count: int) -> LateTicket:
-        return LateTicket(self, self.memory.reserve(self._random.randint(1, count)))
+    def reserve(self, count: int, urgent: bool = False) -> LateTicket:
+        return LateTicket(self, self.memory.reserve(self._random.randint(1, count), urgent))
 
     def commit(self, pages: Sequence[int], parents: bytes, hashes: bytes) -> LateTicket:
         return LateTicket(self, self.memory.commit(pages, parents, hashes))

@@ -46,10 +46,12 @@ def test_a_small_bench_runs_through(llama: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(files["--json"].read_text())
     found = {(one["workload"], one["mode"], one["block_tokens"]): one["median"] for one in report["results"]}
-    assert len(found) == 4 * 3 + 3
+    assert len(found) == 4 * 4 + 3
     for one in found.values():
         assert one["prefill_tokens"] >= one["prefill_tokens_min"] > 0 and one["requests"] > 0
     assert found["prefix-reuse", "cpu", 16]["prefill_tokens"] < found["prefix-reuse", "off", 16]["prefill_tokens"]
+    assert found["prefix-reuse", "all", 16]["prefill_tokens"] < found["prefix-reuse", "off", 16]["prefill_tokens"]
+    assert found["prefix-reuse", "all", 16]["blocks_by_tier"]["gpu"] > 0
     assert report["machine"]["cores"] > 0 and report["machine"]["torch"] in done.stderr.replace("\n", "")
     page = files["--html"].read_text()
     assert page.count("<svg") == 3 and not re.search(r"(src|href)=", page)

@@ -165,7 +165,7 @@ def test_a_load_that_is_known_to_be_slow_is_not_begun(slow: tuple[Engine, SlowCl
     engine.scheduler.prefill_tokens_per_second = 1e4
     declined = 0
     for _ in range(40):
-        engine.memory.measured("memory", 1, 1.0, whole=True)
+        engine.memory.speeds.measured("memory", 1, 1.0, whole=True)
         [sequence] = engine.add(prompt(160), Sampling(max_tokens=1))
         run(engine)
         declined += sequence.hit_tokens == 0
@@ -220,7 +220,7 @@ def test_no_decode_step_waits_for_a_page(twins: Twins) -> None:
         engine.add(prompt(20 + seed, seed=seed), Sampling(max_tokens=60))
     asked = []
     reserve = engine.memory.reserve
-    engine.memory.reserve = lambda count: (asked.append(count), reserve(count))[1]
+    engine.memory.reserve = lambda count, urgent: (asked.append(count), reserve(count, urgent))[1]
     run(engine)
     assert engine.scheduler.counts.steps_waited == 0
     assert len(asked) < engine.scheduler.counts.steps / 2, "reserved in batches"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.daemon.harness import Daemon
 from tests.engine.conftest import DictionaryCache
 from tests.engine.greedy import Greedy
 from tests.engine.late import LateMemory
 from tests.engine.test_engine_tokens import prompt
+from tests.engine.tier import gpu_daemon, tier_memory
 from tierd_engine.copying import CopyingMemory
 from tierd_engine.engine import Engine
 from tierd_engine.memory import Memory, PrivateMemory
@@ -55,6 +58,16 @@ def twins(write_model: Callable[..., Path]) -> Twins:
     return Twins(write_model("llama", num_key_value_heads=2, head_dim=16))
 
 
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    """A daemon with a small gpu tier, which keeps what earlier schedules left."""
+    with TemporaryDirectory(prefix="tierd-", dir="/tmp") as folder:
+        running = gpu_daemon(Path(folder)).start()
+        yield running
+        running.end()
+        assert "Traceback" not in running.log, running.log
+
+
 def run(engine: Engine) -> None:
     """Until nothing is left, or for ever."""
     for _ in range(STEPS_MAX):
@@ -79,7 +92,7 @@ schedules = st.fixed_dictionaries(
         "pages": st.integers(12, 28),
         "chunk_tokens": st.sampled_from([1, 5, 16, 30, 64, 512]),
         "running_max": st.integers(1, 12),
-        "memory": st.sampled_from(["private", "copying"]),
+        "memory": st.sampled_from(["private", "copying", "tier"]),
         "forgets": st.integers(0, 3),
         "late": st.one_of(st.none(), st.integers(0, 99)),
     }
@@ -105,7 +118,7 @@ crowds = st.fixed_dictionaries(
         "pages": st.integers(12, 18),
         "chunk_tokens": st.just(64),
         "running_max": st.just(8),
-        "memory": st.sampled_from(["private", "copying"]),
+        "memory": st.sampled_from(["private", "copying", "tier"]),
         "forgets": st.integers(0, 3),
         "late": st.one_of(st.none(), st.integers(0, 99)),
     }
@@ -114,24 +127,26 @@ crowds = st.fixed_dictionaries(
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=schedules)
-def test_every_answer_is_the_one_it_would_be_alone(twins: Twins, schedule: dict) -> None:
+def test_every_answer_is_the_one_it_would_be_alone(twins: Twins, daemon: Daemon, schedule: dict) -> None:
     """Arrivals, lengths, shared prefixes, samples, aborts, pools too small for all, a cache that forgets, late answers."""
-    hold(twins, schedule)
+    hold(twins, daemon, schedule)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=crowds)
-def test_every_answer_survives_preemption(twins: Twins, schedule: dict) -> None:
+def test_every_answer_survives_preemption(twins: Twins, daemon: Daemon, schedule: dict) -> None:
     """Long answers to short prompts: all are admitted, and then there is room for two."""
-    hold(twins, schedule)
+    hold(twins, daemon, schedule)
 
 
-def hold(twins: Twins, schedule: dict) -> None:
+def hold(twins: Twins, daemon: Daemon, schedule: dict) -> None:
     """Run a schedule, compare every answer, and look for lost pages."""
     cache = DictionaryCache()
     memory: Memory = PrivateMemory(twins.layout, schedule["pages"])
     if schedule["memory"] == "copying":
         memory = CopyingMemory(twins.layout, schedule["pages"], cache.connect(model="m", layout=twins.layout))
+    if schedule["memory"] == "tier":
+        memory = tier_memory(daemon, twins.layout, schedule["pages"])
     if schedule["late"] is not None:
         memory = LateMemory(memory, schedule["late"])
     engine = twins.engine(memory, chunk_tokens=schedule["chunk_tokens"], running_max=schedule["running_max"])
@@ -161,6 +176,7 @@ def hold(twins: Twins, schedule: dict) -> None:
         twins.oracle.check(sequence.tokens[: sequence.prompt_tokens], sequence.new_tokens, NEW_MAX)
     engine.check()
     met.update(vars(engine.scheduler.counts) | {"sequences": 0, "ties": 0})
+    met["hits in slots"] += (schedule["memory"] == "tier") * engine.scheduler.counts.hit_tokens
     met["hits after sharing"] += sum(sequence.hit_tokens > 0 for sequence in done)
     engine.close()
 
@@ -168,4 +184,4 @@ def hold(twins: Twins, schedule: dict) -> None:
 def test_the_schedules_met_what_they_were_made_for(twins: Twins) -> None:
     """Were there no preemptions, hits or recomputed tokens among them, the test above would show little."""
     print(f"{dict(met)}, {twins.oracle.ties} answers differed by a tie")
-    assert min(met["preemptions"], met["hit_tokens"], met["steps_waited"], met["hits after sharing"]) > 20
+    assert min(met["preemptions"], met["hit_tokens"], met["steps_waited"], met["hits after sharing"], met["hits in slots"]) > 20

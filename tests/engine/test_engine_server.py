@@ -28,16 +28,20 @@ PAGES = 96
 SYSTEM = "You answer in riddles, you never lie, and you have all the time that there is in the world. " * 2
 
 
-@pytest.fixture(scope="module")
-def served(spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """`tierd-engine serve` with a daemon: `.url`, `.client`, `.daemon`, `.oracle(text, new)` and `.metric(name)`."""
+@pytest.fixture(scope="module", params=["copy", "tier"])
+def served(request: pytest.FixtureRequest, spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """`tierd-engine serve` with a daemon, used in both ways.
+
+    `.url`, `.client`, `.daemon`, `.top` (the tier of hits), `.oracle(text, new)` and `.metric(name)`.
+    """
     work = tmp_path_factory.mktemp("s")
-    daemon = Daemon(work, work / "state", work / "daemon.log")
+    daemon = Daemon(work, work / "state", work / "daemon.log", gpu=64 << 20)
     daemon.start()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["--tierd", daemon.socket, "--port", port, "--pages", PAGES, "--name", "tiny", "--chunk-tokens", 64]
+    arguments += ["--memory", request.param]
     with (work / "server.log").open("w") as log:
         command = [COMMAND, "serve", spoken, *arguments]
         process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -51,6 +55,7 @@ def served(spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             url=url,
             client=OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60),
             daemon=daemon,
+            top="gpu" if request.param == "tier" else "cpu",
             oracle=lambda text, new: tokenizer.decode(greedy(tokenizer(text)["input_ids"], new)),
             metric=lambda name: metric(url, name),
         )
@@ -122,7 +127,7 @@ def test_concurrent_chats_with_a_shared_system_prompt_hit_it(served: SimpleNames
     assert served.metric("tierd_engine_hit_tokens_total") >= sum(cached)
     wait_until(lambda: served.metric("tierd_engine_pages_free") == PAGES, 10)
     converse(0)
-    assert served.metric('tierd_engine_blocks_looked_up_total{tier="cpu"}') > 0
+    assert served.metric(f'tierd_engine_blocks_looked_up_total{{tier="{served.top}"}}') > 0
 
 
 def test_a_stream_is_the_answer_in_pieces(served: SimpleNamespace) -> None:
@@ -257,10 +262,9 @@ def test_no_request_fails_when_the_daemon_is_killed(served: SimpleNamespace) -> 
         served.daemon.kill()
         assert [answer.result() for answer in answers] == expected
     assert [complete(prompt) for prompt in prompts] == expected
-    before = served.metric('tierd_engine_blocks_looked_up_total{tier="cpu"}')
-    wait_until(
-        lambda: bool(complete(prompts[0])) and served.metric('tierd_engine_blocks_looked_up_total{tier="cpu"}') > before, 20
-    )
+    hits = f'tierd_engine_blocks_looked_up_total{{tier="{served.top}"}}'
+    before = served.metric(hits)
+    wait_until(lambda: bool(complete(prompts[0])) and served.metric(hits) > before, 20)
 
 
 @pytest.mark.parametrize(

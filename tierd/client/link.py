@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,6 +43,8 @@ class Link:
         self.path, self.deadline_seconds = path, deadline_seconds
         self.welcome: dict[str, Any] = {}
         self.alive = False
+        self.trouble = ""
+        """Why the connection was dropped the last time."""
         self.life = 0
         self.connection: Connection | None = None
         self._hello, self._on_push, self._held = hello, on_push, held
@@ -66,8 +69,19 @@ class Link:
         except TierdError as error:
             self.drop(str(error))
 
+    def wait(self, seconds: float) -> None:
+        """Sleep until something has arrived, or for so many seconds."""
+        try:
+            if self.connection is not None:
+                self.connection.listen(seconds)
+            else:
+                time.sleep(seconds)
+        except TierdError as error:
+            self.drop(str(error))
+
     def drop(self, reason: str) -> None:
         """The connection is of no use any more; another one is tried after a while, twice as long each time."""
+        self.trouble = reason
         for connection in (self.connection, self._events):
             if connection is not None:
                 connection.close(reason)

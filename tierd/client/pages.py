@@ -91,10 +91,19 @@ class PageLookup(Asked):
         """How many leading blocks are there now."""
         return len(self.pages)
 
+    @property
+    def answered(self) -> bool:
+        """Whether `blocks` is known."""
+        return self.done or self.lease != 0
+
     def fail(self) -> None:
         """What is there stays; more will not come."""
         super().fail()
         self.blocks = self.ready
+
+    def stop(self) -> None:
+        """Be content with what is there."""
+        self._client._stop_lookup(self)
 
     def release(self) -> None:
         """Let go of its pages, and of what was still to come."""
@@ -168,6 +177,16 @@ class PageClient:
         """Whether the daemon is there."""
         return self._link.alive
 
+    @property
+    def trouble(self) -> str:
+        """Why the connection was lost or refused the last time; empty if it never was."""
+        return self._link.trouble
+
+    @property
+    def held(self) -> int:
+        """Holds on slots, each page as often as it is held."""
+        return int(self._memory.held.sum())
+
     def lookup(self, hashes: bytes, parent: bytes = ROOT) -> PageLookup:
         """Ask for the longest prefix of `hashes` (32 bytes each) behind `parent`, to be read in place."""
         found = PageLookup(self)
@@ -185,14 +204,18 @@ class PageClient:
         return asked
 
     def commit(self, pages: ArrayLike, parents: bytes, hashes: bytes) -> Named:
-        """Ask for full pages to be named, a parent and a hash (32 bytes) for each. They must not be written to any more."""
+        """Ask for full pages to be named, a parent and a hash (32 bytes) for each. They must not be written to any more.
+
+        Pages of a session that is gone are not, whatever the daemon says: a new one may have slots of the same numbers.
+        """
         slots = self._own(pages)
         if not len(slots) == check_hashes(hashes, ROOT) == check_hashes(parents, ROOT):
             raise Invalid(f"{len(slots)} pages, {len(hashes)} bytes of hashes and {len(parents)} of parents: 32 for each page")
         asked = Named()
         asked.codes = np.full(len(slots), UNNAMED, np.int32)
-        if len(slots):
-            self._ask("commit_pages", {"slots": pack_slots(slots), "parents": parents, "hashes": hashes}, asked, slots)
+        if len(at := np.flatnonzero(np.isin(slots, self._memory.of_session(slots)))):
+            named = {"slots": pack_slots(slots[at]), "parents": _pick(parents, at), "hashes": _pick(hashes, at)}
+            self._ask("commit_pages", named, asked, (slots, at))
         else:
             asked.done = True
         return asked
@@ -223,6 +246,10 @@ class PageClient:
                 self._asked.append((ticket, asked, about, since))
                 if now > since + self.deadline_seconds and self._link.connection is not None:
                     self._link.drop(f"{ticket.verb} was not answered within {self.deadline_seconds:g} s")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until something has arrived: for an engine that has nothing else to do."""
+        self._link.wait(seconds)
 
     def close(self) -> None:
         """Give everything back. Nothing may use the memory any more."""
@@ -270,7 +297,8 @@ class PageClient:
                     asked.pages, asked.done = self._given(unpack_slots(reply["slots"])), True
                     self._reserved[asked.pages] = True
                 case Named():
-                    asked.codes, asked.done = self._named(about, unpack_slots(reply["codes"])), True
+                    slots, at = about
+                    asked.codes[at], asked.done = self._named(slots[at], unpack_slots(reply["codes"])), True
                 case PageLookup():
                     self._found(asked, about, ticket.verb, reply)
         except TierdError as error:
@@ -313,11 +341,16 @@ class PageClient:
         arguments = {"lease": found.lease, "first": found.ready, "count": found.blocks - found.ready}
         found.ticket = self._ask("load", arguments, found, hashes)
 
-    def _end_lookup(self, found: PageLookup) -> None:
-        """Give a lookup's pages back: with its lease, or one by one if its connection is gone."""
+    def _stop_lookup(self, found: PageLookup) -> None:
+        """Do not wait for more; what comes all the same goes with the lease."""
         if found.ticket is not None and self._link.connection is not None and not found.done:
             self._link.connection.abandon(found.ticket)
-        pages, found.pages, found.blocks, found.done = found.pages, NO_PAGES, 0, True
+        found.blocks, found.done = found.ready, True
+
+    def _end_lookup(self, found: PageLookup) -> None:
+        """Give a lookup's pages back: with its lease, or one by one if its connection is gone."""
+        self._stop_lookup(found)
+        pages, found.pages, found.blocks = found.pages, NO_PAGES, 0
         self._memory.held[pages] -= 1
         if found.life == self._link.life:
             if found.lease:
@@ -380,5 +413,10 @@ class PageClient:
                 continue
             asked.fail()
             if isinstance(asked, Named):
-                asked.codes = np.full(len(about), NAMED, np.int32)
-                self._reserved[about] = False
+                slots, at = about
+                asked.codes[at] = NAMED
+                self._reserved[slots[at]] = False
+
+
+def _pick(hashes: bytes, at: NDArray[np.intp]) -> bytes:
+    return np.frombuffer(hashes, f"V{HASH_BYTES}")[at].tobytes()

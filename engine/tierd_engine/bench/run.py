@@ -21,6 +21,7 @@ import transformers
 from rich.console import Console
 
 from tierd.client import Client
+from tierd.client.pages import PageClient
 from tierd.errors import Invalid
 from tierd_engine.bench.measure import Measured, measure
 from tierd_engine.bench.report import html, table
@@ -31,14 +32,21 @@ from tierd_engine.engine import Engine
 from tierd_engine.memory import Memory, PrivateMemory
 from tierd_engine.model import fingerprint, layout_of, load_model, write_safetensors
 from tierd_engine.request import Limits
+from tierd_engine.tier import SLOTS_MAX, TierMemory
 
 MODES: dict[str, dict[str, str]] = {
     "off": {},
     "cpu": {"cpu": "3GiB", "nvme": "0"},
     "cpu+nvme": {"cpu": "128MiB", "nvme": "4GiB"},
+    "all": {"cpu": "128MiB", "nvme": "4GiB"},
 }
-"""Without a daemon; with all in its memory; with a memory so small that most comes from disk."""
+"""Without a daemon; with all in its memory; with a memory so small that most comes from disk; and the same below a gpu tier."""
+SLOTS_SHARE, PRIVATE_SHARE = 4, 2
+"""In the mode "all" the gpu tier holds a quarter of the tokens that the pages hold in others, much less than a workload's;
+half as many private pages are beside it, which must fit the longest sequence."""
 BLOCK_TOKENS = (8, 16, 32, 64)
+SEGMENT_BYTES = 64 << 20
+"""The daemon's default: a gpu tier is whole segments."""
 WIDTH = 140
 
 
@@ -63,10 +71,16 @@ class Bench:
                 stack.callback(shutil.rmtree, sockets, ignore_errors=True)
                 state = Path(tempfile.mkdtemp(prefix="state-", dir=work))
                 stack.callback(shutil.rmtree, state, ignore_errors=True)
-                daemon = Daemon(sockets, state, work / "daemon.log", **settings)
+                gpu = pages // SLOTS_SHARE * layout.slot_bytes + SEGMENT_BYTES if mode == "all" else 0
+                daemon = Daemon(sockets, state, work / "daemon.log", **settings, gpu=gpu // SEGMENT_BYTES * SEGMENT_BYTES)
                 stack.callback(daemon.stop)
                 daemon.start()
-                memory = CopyingMemory(layout, pages, Client(daemon.socket, model=self.name, layout=layout))
+                about: dict[str, Any] = {"model": self.name, "layout": layout}
+                if mode == "all":
+                    client = PageClient(daemon.socket, **about, pages_max=SLOTS_MAX, private_pages=pages // PRIVATE_SHARE)
+                    memory = TierMemory(layout, client)
+                else:
+                    memory = CopyingMemory(layout, pages, Client(daemon.socket, **about))
             engine = Engine(self.model, memory, Limits(), frozenset())
             stack.callback(engine.close)
             return measure(engine, workload, daemon.cpu_seconds if daemon else lambda: 0.0)

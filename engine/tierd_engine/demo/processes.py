@@ -45,17 +45,19 @@ def run_python(module: str, *arguments: object, log: Path) -> str:
 
 
 class Daemon:
-    """`tierd hold -- tierd serve` with tiers of so many bytes; all methods have deadlines.
+    """`tierd hold -- tierd serve` with tiers of so many bytes (gpu: 0, none); all methods have deadlines.
 
     Raises Closed when the daemon does not do in time what was asked.
     """
 
-    def __init__(self, runtime_dir: Path, state_dir: Path, log: Path, *, cpu: str = "1GiB", nvme: str = "4GiB") -> None:
+    def __init__(
+        self, runtime_dir: Path, state_dir: Path, log: Path, *, cpu: str = "1GiB", nvme: str = "4GiB", gpu: int = 0
+    ) -> None:
         self.socket = runtime_dir / "tierd.sock"
         self._runtime_dir = runtime_dir
         self._log = log
         serve = ["serve", "--socket", self.socket, "--state-dir", state_dir, "--runtime-dir", runtime_dir]
-        for setting in (f"cpu.bytes={cpu}", f"nvme.bytes={nvme}", "metrics.listen=127.0.0.1:0"):
+        for setting in (f"gpu.bytes={gpu}", f"cpu.bytes={cpu}", f"nvme.bytes={nvme}", "metrics.listen=127.0.0.1:0"):
             serve += ["--set", setting]
         self._command = [*_tierd("hold"), "--", *_tierd(*serve)]
         self._holder: subprocess.Popen[bytes] | None = None
