@@ -7,9 +7,7 @@ tier may have) is given up with the reason in the log; everything else is a hit 
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +23,7 @@ from tierd.tiers.directory import Scan
 from tierd.tiers.host import HostSegment
 from tierd.tiers.segment import Medium
 from tierd.tiers.tier import NvmeTier, Tier
+from tierd.wire.peer import has_ended, pid_of
 
 log = get_logger("adopt")
 Found = tuple[Any, int | None]
@@ -156,9 +155,9 @@ def _adopt_sessions(space: Space, stored: dict[str, list[int]], result: Adopted)
     for name in [name for name in stored if name.startswith(prefix)]:
         tier, number, session_id, token = name.removeprefix(prefix).split("-")
         owner, descriptors = (tier, int(number)), stored.pop(name)
-        if tier in tiers and len(descriptors) == 1 and (pid := living_pid(descriptors[0])):
+        if tier in tiers and len(descriptors) == 1 and not has_ended(descriptors[0]):
             names = int(session_id, 16), bytes.fromhex(token), int(number)
-            alive[owner] = Attached(*names, descriptors[0], pid, "", space, tiers.index(tier))
+            alive[owner] = Attached(*names, descriptors[0], pid_of(descriptors[0]), "", space, tiers.index(tier))
         else:
             dead.add(owner)
             _give_up_descriptors(name, descriptors)
@@ -186,17 +185,6 @@ def _held(arena: Arena, bit: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         local = np.flatnonzero(segment.directory.holders & np.uint64(1 << bit)).astype(np.int32)
         found.append(local + np.int32(ordinal * arena.pool.slots_per_segment))
     return np.concatenate(found)
-
-
-def living_pid(pidfd: int) -> int:
-    """The pid of a pidfd's process, 0 when it is gone."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    if poll.poll(0):
-        return 0
-    with suppress(OSError), open(f"/proc/self/fdinfo/{pidfd}") as lines:
-        return next((max(0, int(line.split()[1])) for line in lines if line.startswith("Pid:")), 0)
-    return 0
 
 
 def _give_up_descriptors(name: str, descriptors: list[int]) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd import __version__, clock, systemd
-from tierd.adopt import living_pid
 from tierd.config import Config
 from tierd.errors import Busy, Closed, Gone, Invalid, TierdError
 from tierd.keeper import Keeper
@@ -23,6 +22,7 @@ from tierd.server import Connection
 from tierd.space import Attached, Slots, Space, give_segments
 from tierd.verbs import BY_NAME, Answer, Reply, Verbs
 from tierd.wire.messages import PROTOCOL_VERSION, WRITING, Request, unpack_held
+from tierd.wire.peer import has_ended
 
 log = get_logger("service")
 
@@ -118,7 +118,7 @@ class Service:
         session = space.sessions.get(arguments["session"]) if space else None
         if space is None or session is None or session.token != arguments["token"]:
             raise Gone("this session is not known: say hello")
-        if connection.peer.pid != session.pid or not living_pid(session.pidfd):
+        if connection.peer.pid != session.pid or has_ended(session.pidfd):
             raise Invalid("resume: a session can be resumed only by the process that opened it")
         held, writing = _held_slots(session, arguments["held"])
         lease = space.cache.resume(session.id, held, writing)  # refuses what cannot be, before anything has changed
