@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,7 +161,12 @@ class Space:
         node = next(self.cache.index.orders[tier].coldest(), None)
         return node.last_use if node is not None else 0
 
-    def mappers(self, segment_id: bytes) -> Iterable[Attached]:
+    def kept_back(self, tier: int) -> set[int]:
+        """Ordinals of segments that a client maps which has no event channel, or owes an answer on it."""
+        stuck = [s for s in self.sessions.values() if s.tier == tier and (s.events is None or s.waiting_detach)]
+        return {ordinal for session in stuck for ordinal in session.known}
+
+    def mappers(self, segment_id: bytes) -> list[Attached]:
         """Sessions that were given a segment."""
         return [session for session in self.sessions.values() if segment_id in session.known.values()]
 

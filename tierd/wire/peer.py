@@ -74,7 +74,7 @@ def has_ended(pidfd: int) -> bool:
 
 
 def pid_of(pidfd: int) -> int:
-    """The number of a pidfd's process, for people; 0 when it lives outside this PID namespace, which is not the same as gone."""
+    """The number of a pidfd's process, for people; 0 when it is gone, or lives outside this PID namespace."""
     with suppress(OSError), open(f"/proc/self/fdinfo/{pidfd}") as lines:
         return next((max(0, int(line.split()[1])) for line in lines if line.startswith("Pid:")), 0)
     return 0
