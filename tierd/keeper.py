@@ -36,7 +36,7 @@ WRITE_BACK_SHARE = 0.25
 """Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them."""
 POLL_SECONDS, POLL_SECONDS_MAX = 0.005, 0.5
 SYNC_POLL_SECONDS = 0.1
-"""A sync looks again at least this often: growth and pauses end without a transfer."""
+"""A sync looks again at least this often: growth and hand-overs end without a transfer."""
 PAUSE_SECONDS = 2.0
 """How long a tier that had no room on its medium is not asked again."""
 HANDOVER_SECONDS_MAX = 30.0
@@ -77,7 +77,7 @@ class Keeper:
         """Start what the cache of a space has decided, and as much write-back as fits under way."""
         self._submit(space)
         for tier in space.cache.write_back.queues:
-            if not self._closing and not self._is_paused(tier):
+            if not self._closing:
                 self._write_back(space, tier)
 
     def _write_back(self, space: Space, tier: int) -> None:
@@ -117,15 +117,26 @@ class Keeper:
         return sum(map(len, queues)) + self.mover.in_flight[WRITE_BACK]
 
     async def sync(self, deadline: float) -> None:
-        """Wait until all that was admitted is on NVMe; raises Busy at the deadline (monotonic seconds)."""
+        """Wait until all that was admitted is on NVMe; raises Busy at the deadline (monotonic seconds), or as soon as nothing
+        is under way that could make room for what waits.
+        """
         while self.unwritten():
-            if (left := deadline - clock.monotonic_seconds()) <= 0:
-                raise Busy(f"sync: {self.unwritten()} runs are still to be written; ask again with a longer deadline")
             for space in self.spaces.values():
                 self.pump(space)
+            if not self.unwritten():
+                return
+            if not self._is_moving():
+                raise Busy(f"sync: {self.unwritten()} runs wait for room below, where nothing grows or may go: see the log")
+            if (left := deadline - clock.monotonic_seconds()) <= 0:
+                raise Busy(f"sync: {self.unwritten()} runs are still to be written; ask again with a longer deadline")
             self._progress.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._progress.wait(), min(left, SYNC_POLL_SECONDS))
+
+    def _is_moving(self) -> bool:
+        """Whether something is under way after which a tier may have room."""
+        growing = any(arena.growing for space in self.spaces.values() for arena in space.arenas)
+        return growing or any(self.mover.in_flight.values()) or any(self._handing) or any(self._dying)
 
     # -- growing ------------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,9 @@ def payload_of(block: bytes, model: str = "model") -> NDArray[np.uint8]:
 class Daemon:
     """`tierd serve` in `folder`, whose runtime and state directories stay there from one life to the next."""
 
+    serve: Sequence[str] = ("tierd", "serve")
+    """Module and arguments."""
+
     def __init__(self, folder: Path, flags: Sequence[str] = (), held: bool = False, **environ: str) -> None:
         self.folder, self.flags, self.held = folder, list(flags), held
         self.runtime, self.state = folder / "run", folder / "state"
@@ -82,8 +85,7 @@ class Daemon:
         serve = [
             sys.executable,
             "-m",
-            "tierd",
-            "serve",
+            *self.serve,
             "--runtime-dir",
             f"{self.runtime}",
             "--state-dir",
