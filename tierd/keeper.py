@@ -117,21 +117,23 @@ class Keeper:
         return sum(map(len, queues)) + self.mover.in_flight[WRITE_BACK]
 
     async def sync(self, deadline: float) -> None:
-        """Wait until all that was admitted is on NVMe; raises Busy at the deadline (monotonic seconds), or as soon as nothing
-        is under way that could make room for what waits.
+        """Wait until all that was admitted before is on NVMe or given up; raises Busy at the deadline (monotonic seconds), or
+        as soon as nothing is under way that could make room for what waits.
         """
-        while self.unwritten():
-            for space in self.spaces.values():
+        marks = {space: space.cache.write_back.mark() for space in self.spaces.values()}
+        while True:
+            for space in marks:
                 self.pump(space)
-            if not self.unwritten():
+            runs = sum(space.cache.write_back.left(mark) for space, mark in marks.items())
+            if not runs:
                 return
             if not self._is_moving():
-                raise Busy(f"sync: {self.unwritten()} runs wait for room below, where nothing grows or may go: see the log")
-            if (left := deadline - clock.monotonic_seconds()) <= 0:
-                raise Busy(f"sync: {self.unwritten()} runs are still to be written; ask again with a longer deadline")
+                raise Busy(f"sync: {runs} runs wait for room below, where nothing grows or may go: see the log")
+            if (seconds := deadline - clock.monotonic_seconds()) <= 0:
+                raise Busy(f"sync: {runs} runs are still to be written; ask again with a longer deadline")
             self._progress.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._progress.wait(), min(left, SYNC_POLL_SECONDS))
+                await asyncio.wait_for(self._progress.wait(), min(seconds, SYNC_POLL_SECONDS))
 
     def _is_moving(self) -> bool:
         """Whether something is under way after which a tier may have room."""

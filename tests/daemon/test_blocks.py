@@ -177,6 +177,18 @@ def test_sync_means_that_everything_admitted_is_in_nvme(daemon: Daemon) -> None:
     assert daemon.status()["unwritten_runs"] == 0
 
 
+def test_sync_counts_blocks_that_replaced_others(start: Start) -> None:
+    """On a full nvme tier too `written` grows by every block that came to it, and `blocks` is part of that."""
+    daemon = start(nvme_bytes=2 * SEGMENT_BYTES)
+    with daemon.peer() as wire:
+        for seed in range(8):
+            assert wire.store(hashes_of(seed, 40)) == 40
+            assert 0 <= daemon.ask("sync", deadline_ms=10_000)["blocks"] <= 40
+    evicted = daemon.status()["evicted_blocks"]
+    assert evicted["nvme.clean"] + evicted["nvme.drop"] > 0
+    assert daemon.metrics()['tierd_events_total{event="written"}'] == 320
+
+
 def test_leased_blocks_outlive_pressure(start: Start) -> None:
     """What a session reads keeps its bytes while others store more than the tier has; afterwards its room is theirs."""
     daemon = start(nvme_bytes=0)

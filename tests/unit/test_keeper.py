@@ -7,6 +7,7 @@ from threading import Event
 
 import pytest
 
+from tierd import clock
 from tierd.block import ROOT, chain
 from tierd.errors import Busy
 from tierd.keeper import Keeper
@@ -91,6 +92,33 @@ def test_memory_given_up_for_another_is_not_taken_back() -> None:
         background.cancel()
         assert (len(old.arenas[0].segments), len(new.arenas[0].segments)) == (3, 1)
         assert keeper.handovers == 1
+        await keeper.close()
+
+    asyncio.run(story())
+
+
+def test_a_sync_ends_while_others_go_on_storing() -> None:
+    """It waits for what was committed before it; the queue is never empty meanwhile."""
+
+    async def story() -> None:
+        above, below = FaultyTier(2), FaultyTier(2)
+        below.name = "nvme"
+        keeper = Keeper([above, below], 1)
+        space = await full_of(keeper, "busy", 2)
+
+        async def others() -> None:
+            for seed in range(1, 1_000_000):
+                placed = space.cache.store(1, chain([seed << 8 | at for at in range(8)], 1, ROOT), ROOT, 1)
+                if placed.lease:
+                    space.cache.commit(1, placed.lease, None, 1)
+                await asyncio.sleep(0)
+
+        background = asyncio.create_task(others())
+        await asyncio.sleep(0.01)
+        await keeper.sync(clock.monotonic_seconds() + 20)
+        assert keeper.unwritten() > 0, "the others made a pause, so nothing was shown"
+        assert space.cache.counters["written",] > 0
+        background.cancel()
         await keeper.close()
 
     asyncio.run(story())
