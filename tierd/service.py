@@ -43,13 +43,17 @@ class Service:
         """A connection without a session yet."""
 
     def disconnected(self, connection: Connection) -> None:
-        """The session stays, with all it was told, until it resumes or its process is gone."""
+        """The session stays, with all it was told, until it resumes or its process is gone; one that knows no segment was
+        told nothing, perhaps not even its name, and ends.
+        """
         session: Attached | None = connection.state
         if session is not None:
             if session.connection is connection:
                 session.connection = None
             if session.events is connection:
                 session.events = None
+            if session.connection is None and session.events is None and not session.known:
+                self.end(session)
 
     def request(self, connection: Connection, request: Request) -> Answer:
         """Answer one checked request."""

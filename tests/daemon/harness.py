@@ -34,6 +34,14 @@ LAYOUT = Layout(layers=1, kv_heads=1, head_dim=64, dtype="float16")
 SEGMENT_BYTES = 256 << 10
 SLOTS = Geometry.fit(LAYOUT, SEGMENT_BYTES).slot_count
 """Of one segment, in either tier."""
+GREETING = {
+    "version": 1,
+    "model": "model",
+    "layout": LAYOUT.to_map(),
+    "fingerprint": LAYOUT.fingerprint,
+    "client": "test",
+}
+"""What a `hello` says."""
 READY_SECONDS_MAX = 20.0
 ANSWER_SECONDS_MAX = 20.0
 POLL_SECONDS = 0.005
@@ -272,13 +280,7 @@ class Wire:
 
     def hello(self, **changes: Any) -> dict[str, Any]:
         """Say hello as LAYOUT's client, with some arguments changed (None: left out)."""
-        arguments = {
-            "version": 1,
-            "model": "model",
-            "layout": LAYOUT.to_map(),
-            "fingerprint": LAYOUT.fingerprint,
-            "client": "test",
-        } | changes
+        arguments = GREETING | changes
         self.model = arguments["model"]
         self.welcome = self.ask("hello", **{name: value for name, value in arguments.items() if value is not None})
         return self.welcome

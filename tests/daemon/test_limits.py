@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import traceback
 from collections.abc import Callable
 
 import pytest
 
 from tests.daemon.conftest import Start
-from tests.daemon.harness import SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
+from tests.daemon.harness import GREETING, SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
 from tierd.errors import Busy, Invalid
+from tierd.wire.framing import encode
 
 NOBODY = 65534
 
@@ -45,6 +48,20 @@ def test_the_sixty_fifth_session_of_a_namespace_is_busy(daemon: Daemon) -> None:
     for wire in wires:
         wire.end()
     assert daemon.status()["sessions"] == 0
+
+
+def test_greetings_that_nobody_waits_for_lock_nobody_out(daemon: Daemon) -> None:
+    """An engine that starts while the daemon is frozen tries again and again; later each of its tries is forgotten."""
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGSTOP)
+    for _ in range(70):
+        with socket.socket(socket.AF_UNIX) as impatient:
+            impatient.connect(str(daemon.socket))
+            impatient.sendall(encode({"id": 1, "verb": "hello", **GREETING}))
+    daemon.process.send_signal(signal.SIGCONT)
+    daemon.wait_until(lambda status: daemon.log.count("session ended") >= 64 and status["sessions"] == 0)
+    with daemon.peer() as patient:
+        assert patient.store(hashes_of(1, 3)) == 3
 
 
 def test_a_session_with_too_many_leases_is_busy(start: Start) -> None:

@@ -7,10 +7,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.daemon.conftest import Start
-from tests.daemon.harness import ROOT, SLOTS, Daemon, Wire, hashes_of, payload_of
+from tests.daemon.harness import LAYOUT, ROOT, SLOTS, Daemon, Wire, hashes_of, payload_of
+from tierd.client import Client
 from tierd.clock import monotonic_seconds, unix_milliseconds
 from tierd.errors import Gone
 from tierd.layout import Layout
@@ -143,6 +145,17 @@ def test_an_engine_outside_the_daemons_container_keeps_what_it_writes(make: Star
     finally:
         os.kill(holder, signal.SIGTERM)
         assert daemon.process.wait(20) == 0
+
+
+def test_a_client_that_is_closed_after_a_restart_leaves_no_session(start: Start) -> None:
+    """It has not met the new daemon yet when it is closed, and its process goes on: its bit is free all the same."""
+    daemon = start(held=True, nvme_bytes=0)
+    client = Client(daemon.socket, model="closed", layout=LAYOUT)
+    pool = np.zeros((8, LAYOUT.block_bytes), np.uint8)
+    assert client.store(hashes_of(1, 8), pool, range(8)).stored == 8
+    daemon.kill()
+    client.close()
+    daemon.wait_until(lambda status: status["sessions"] == 0)
 
 
 def test_many_lives_under_the_holder_lose_no_slot(start: Start) -> None:
