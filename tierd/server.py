@@ -203,6 +203,7 @@ class Connection:
         """Send a push or a reply, never blocking. What the peer does not take is kept; over a limit it is disconnected.
 
         Descriptors (at most 253) arrive with the frame's first byte; they are the caller's own again when this returns.
+        Raises OSError, with nothing sent, when they have to be kept and cannot be copied.
         """
         assert len(descriptors) <= DESCRIPTORS_PER_FRAME_MAX
         if self.closed:
@@ -219,8 +220,8 @@ class Connection:
                 return
             if not parts:
                 return
-            self._loop.add_writer(self._socket, self._writable)
-        self._unsent.append(Unsent(parts, [os.dup(descriptor) for descriptor in descriptors]))
+        self._unsent.append(Unsent(parts, copies(descriptors)))
+        self._loop.add_writer(self._socket, self._writable)
         self._unsent_bytes += sum(map(len, parts))
         if self._unsent_bytes > 2 * self._server.limits.frame_bytes_max:
             self.close(f"{self._unsent_bytes} bytes unsent: the peer does not read")
@@ -388,6 +389,18 @@ class Unsent:
         """Close the copies, sent or not."""
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+
+def copies(descriptors: Sequence[int]) -> list[int]:
+    """Duplicates of all of them; raises OSError, and leaves none, when there are too few numbers."""
+    made: list[int] = []
+    try:
+        made.extend(os.dup(descriptor) for descriptor in descriptors)
+    except OSError:
+        for descriptor in made:
+            os.close(descriptor)
+        raise
+    return made
 
 
 def known(error: Exception) -> TierdError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,13 @@ from tierd.core.plan import Transfer
 from tierd.core.pool import Pool
 from tierd.errors import Busy
 from tierd.layout import Namespace
+from tierd.log import get_logger
 from tierd.tiers.host import HostSegment
 from tierd.tiers.nvme import FileSegment
 from tierd.tiers.tier import Tier
 from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
 
+log = get_logger("space")
 Slots = NDArray[np.int32]
 BITS = 64
 
@@ -172,15 +175,29 @@ class Space:
 
 
 def give_segments(session: Attached, ordinals: list[int]) -> None:
-    """Send segments of its tier, with their descriptors, to a connected session."""
-    for at in range(0, len(ordinals), SEGMENTS_PER_PUSH_MAX):
-        batch = ordinals[at : at + SEGMENTS_PER_PUSH_MAX]
-        entries, descriptors = [], []
-        for ordinal in batch:
+    """Send segments of its tier, with their descriptors, to a connected session.
+
+    Raises Busy, and ends the connection, when this process has no descriptors left: the client resumes, which frees what it
+    was about to be told.
+    """
+    try:
+        for at in range(0, len(ordinals), SEGMENTS_PER_PUSH_MAX):
+            _give_batch(session, ordinals[at : at + SEGMENTS_PER_PUSH_MAX])
+    except OSError as error:
+        log.error("segments cannot be given", client=session.name, pid=session.pid, reason=str(error))
+        session.connection.close("no descriptors for its segments")
+        raise Busy(f"the daemon has no descriptors for segments ({error}): raise its limit (LimitNOFILE=)") from error
+
+
+def _give_batch(session: Attached, ordinals: list[int]) -> None:
+    entries, descriptors = [], []
+    with ExitStack() as opened:
+        for ordinal in ordinals:
             segment = session.arena.segments[ordinal]
             shape = segment.header.geometry
-            session.known[ordinal] = segment.segment_id
-            descriptors += [segment.readonly_directory_fd(), os.dup(segment.slots_fd)]
+            directory = segment.readonly_directory_fd()
+            opened.callback(os.close, directory)
+            descriptors += [directory, segment.slots_fd]
             entries.append(
                 {
                     "tier": session.arena.tier.name,
@@ -193,5 +210,4 @@ def give_segments(session: Attached, ordinals: list[int]) -> None:
                 }
             )
         session.connection.send({"id": 0, "push": "attach", "segments": entries}, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
+    session.known |= {entry["ordinal"]: entry["segment"] for entry in entries}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,11 @@ def as_nobody(work: Callable[[], None]) -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def memory_descriptors(pid: int) -> int:
+    """How many descriptors of memory a process has."""
+    return sum(os.readlink(path).startswith("/memfd:") for path in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def test_the_sixty_fifth_session_of_a_namespace_is_busy(daemon: Daemon) -> None:
@@ -62,6 +69,31 @@ def test_greetings_that_nobody_waits_for_lock_nobody_out(daemon: Daemon) -> None
     daemon.wait_until(lambda status: daemon.log.count("session ended") >= 64 and status["sessions"] == 0)
     with daemon.peer() as patient:
         assert patient.store(hashes_of(1, 3)) == 3
+
+
+def test_a_moment_without_descriptors_is_over_when_it_is_over(daemon: Daemon) -> None:
+    """A client that cannot be given its segments is cut off each time, nothing leaks, and later it reads its blocks."""
+    hashes = hashes_of(1, 2 * SLOTS)
+    wire = daemon.peer()
+    with daemon.peer() as other, Wire(daemon.admin) as admin:
+        other.store(hashes)
+        admin.ask("sync", deadline_ms=10_000)
+        memory = memory_descriptors(daemon.pid)
+        open_now = sorted(int(path.name) for path in Path(f"/proc/{daemon.pid}/fd").iterdir())
+        before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        gap = next(at for at, number in enumerate([*open_now, -1]) if at != number)
+        beyond = next((number for number in open_now if number > gap), gap + 1)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (min(gap + 1, beyond), before[1]))
+        with pytest.raises((Busy, EOFError)):
+            wire.lookup(hashes)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
+        assert "segments cannot be given" in daemon.log
+        wire.close()
+        daemon.wait_until(lambda status: status["sessions"] == 1)
+        assert memory_descriptors(daemon.pid) == memory
+        wire = daemon.peer()
+        assert wire.load(hashes) == 2 * SLOTS
+        wire.end()
 
 
 def test_a_session_with_too_many_leases_is_busy(start: Start) -> None:
