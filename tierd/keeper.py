@@ -227,7 +227,8 @@ class Keeper:
             while not arena.pool.slots:
                 if arena.growing is None:
                     self._start_handing_over(space, tier)
-                under_way = {task for task in (arena.growing, self._handing[tier], *self._dying[tier]) if task}
+                growing = {other.arenas[tier].growing for other in self.spaces.values()}
+                under_way = {task for task in (*growing, self._handing[tier], *self._dying[tier]) if task}
                 left = deadline - clock.monotonic_seconds()
                 if not under_way:
                     raise Busy(f"every segment of the {name} tier is in use by other namespaces, or its medium is full")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd import systemd
 from tierd.core.cache import Cache
 from tierd.core.plan import Transfer
 from tierd.core.pool import Pool
@@ -84,8 +85,7 @@ class Attached:
     @property
     def stored_name(self) -> str:
         """Under which name the service manager keeps the process's pidfd."""
-        space = self.space.namespace.id.hex()[:32]
-        return f"session-{space}-{self.arena.tier.name}-{self.bit}-{self.id:x}-{self.token.hex()}"
+        return f"{self.space.session_prefix}{self.arena.tier.name}.{self.bit}.{self.id:x}.{systemd.short(self.token)}"
 
 
 class Space:
@@ -104,6 +104,11 @@ class Space:
 
     def __repr__(self) -> str:
         return f"<Space {self.namespace.id.hex()[:8]}: {len(self.sessions)} sessions, {self.cache.index.blocks} blocks>"
+
+    @property
+    def session_prefix(self) -> str:
+        """How the names begin under which the service manager keeps its sessions' pidfds."""
+        return f"session.{systemd.short(self.namespace.id[:12])}."
 
     @property
     def mapped(self) -> list[Arena]:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.daemon.conftest import Start
 from tests.daemon.harness import GREETING, SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
+from tierd.cli import USAGE
 from tierd.errors import Busy, Invalid
 from tierd.wire.framing import encode
 
@@ -69,6 +70,41 @@ def test_greetings_that_nobody_waits_for_lock_nobody_out(daemon: Daemon) -> None
     daemon.wait_until(lambda status: daemon.log.count("session ended") >= 64 and status["sessions"] == 0)
     with daemon.peer() as patient:
         assert patient.store(hashes_of(1, 3)) == 3
+
+
+class Limited(Daemon):
+    """A daemon whose process may have few descriptors: `soft:hard`."""
+
+    limits = "64:20000"
+
+    def command(self) -> list[str]:
+        return ["prlimit", f"--nofile={self.limits}", *super().command()]
+
+
+def test_the_usual_soft_limit_of_descriptors_is_no_limit(make: Start) -> None:
+    """It is raised to the hard one at start; one that is too low for the configuration is refused with the remedy."""
+    plain = make(limits_sessions_max=100)
+    daemon = Limited(plain.folder, plain.flags).start()
+    assert daemon.process is not None
+    assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE) == (20_000, 20_000)
+    wires = [daemon.peer() for _ in range(30)]
+    assert daemon.status()["sessions"] == 30
+    daemon.stop()
+    for wire in wires:
+        wire.close()
+    daemon.limits = "64:512"
+    daemon.spawn()
+    assert daemon.process.wait(20) == USAGE
+    says = "4 memory segments, 16 files and 100 sessions need 620 descriptors, the limit is 512: raise it"
+    assert says in daemon.log
+
+
+def test_more_memory_than_the_holder_can_keep_is_refused(make: Start) -> None:
+    """Before the first segment is made: what is not kept would be lost with the daemon, or held by nobody for ever."""
+    daemon = make(held=True, cpu_bytes="1GiB", nvme_bytes=0)
+    daemon.spawn()
+    assert daemon.process is not None and daemon.process.wait(20) == USAGE
+    assert "are 8448 descriptors to keep, the manager keeps 4096: raise that (FileDescriptorStoreMax=" in daemon.log
 
 
 def test_a_moment_without_descriptors_is_over_when_it_is_over(daemon: Daemon) -> None:

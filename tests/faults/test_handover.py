@@ -71,8 +71,8 @@ def test_half_a_segment_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) ->
     removed: list[str] = []
     monkeypatch.setattr("tierd.systemd.remove", removed.append)
     half = os.memfd_create("half")
-    adopt([], {"segment-00-slots": [half]}, lambda namespace: pytest.fail("nothing can be adopted"), 0)
-    assert removed == ["segment-00-slots"]
+    adopt([], {"cpu.0.half.s": [half]}, lambda namespace: pytest.fail("nothing can be adopted"), 0)
+    assert removed == ["cpu.0.half.s"]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(half)
 

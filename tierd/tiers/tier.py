@@ -81,7 +81,7 @@ class MemoryTier:
     def create(self, namespace: Namespace, ordinal: int) -> HostSegment:
         """See Tier."""
         segment = HostSegment.create(namespace, self._segment_bytes, EPOCH, self._huge_pages)
-        segment.kept_as = f"segment-{self.name}-{ordinal}-{segment.segment_id.hex()}"
+        segment.kept_as = f"{self.name}.{ordinal}.{systemd.short(segment.segment_id[:6])}"
         for name, descriptor in stored_names(segment).items():
             systemd.store(name, [descriptor])
         return segment
@@ -119,6 +119,5 @@ class NvmeTier:
 
 
 def stored_names(segment: HostSegment) -> dict[str, int]:
-    """Under which names a segment's two descriptors are kept by the service manager."""
-    name = segment.kept_as
-    return {f"{name}-directory": segment.directory_fd, f"{name}-slots": segment.slots_fd}
+    """Under which names a segment's two descriptors are kept by the service manager: for directory and slots."""
+    return {f"{segment.kept_as}.d": segment.directory_fd, f"{segment.kept_as}.s": segment.slots_fd}
