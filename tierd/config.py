@@ -95,8 +95,6 @@ class Nvme:
 class Policy:
     """Who stays and who goes."""
 
-    eviction: str = key("lru", one_of("lru"))
-    admission: str = key("all", one_of("all"))
     promotion_window_share: float = key(0.25, decimal(0.001, 1))
 
 
@@ -126,7 +124,6 @@ class Limits:
     frame_bytes_max: int = key("4MiB", size(64 * KIB, 64 * MIB))
     hello_frame_bytes_max: int = key("64KiB", size(4 * KIB, MIB))
     wait_seconds_max: float = key(10.0, decimal(0.01, 600))
-    transfers_in_flight_max: int = key(64, count(1, 4096))
     drain_seconds_max: float = key(10.0, decimal(0.01, 600))
     namespaces_max: int = key(256, count(1, 65_536))
 
