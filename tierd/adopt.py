@@ -127,7 +127,8 @@ def _adopt_space(space: Space, segments_by_tier: list[list[Found]], now: int, re
 
 def _give_up_segment(tier: Tier, segment: Any, reason: str) -> None:
     log.warning("segment given up", tier=tier.name, segment=segment.segment_id, reason=reason)
-    tier.discard(segment)
+    if not tier.discard(segment):
+        log.error("its files cannot be removed", tier=tier.name, segment=segment.segment_id)
 
 
 def _rows(scans: list[tuple[int, Scan]], slots_per_segment: int) -> Rows:

@@ -291,9 +291,12 @@ class Keeper:
         if tier in space.cache.ladder.mapped:
             await until(lambda: self._is_unmapped(space, arena, ordinal))
         segment = arena.remove(ordinal)
-        await asyncio.to_thread(arena.tier.discard, segment)
+        is_gone = await asyncio.to_thread(arena.tier.discard, segment)
         if arena is space.lower:
             self._failures.update(segment.failures)
+        if not is_gone:
+            log.error("a segment's files stay: their bytes count till the next start", segment=segment.segment_id)
+            return
         arena.tier.budget.release(arena.geometry.total_bytes)
         for taker in self._takers[tier]:  # at once, before who has lost the segment can have its bytes again
             wanting = taker.arenas[tier]

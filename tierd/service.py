@@ -108,8 +108,9 @@ class Service:
         except Busy:
             os.close(pidfd)
             raise
-        if systemd.can_store():
-            systemd.store(session.stored_name, [pidfd])
+        if systemd.can_store() and not systemd.store(session.stored_name, [pidfd]):
+            self._metrics.sessions_not_kept += 1
+            log.warning("the service manager does not keep a session", client=session.name, pid=peer.pid)
         self._metrics.sessions_total += 1
         self.watch(session)
         self._join(session, connection)

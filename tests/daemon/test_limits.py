@@ -107,6 +107,17 @@ def test_more_memory_than_the_holder_can_keep_is_refused(make: Start) -> None:
     assert "are 8448 descriptors to keep, the manager keeps 4096: raise that (FileDescriptorStoreMax=" in daemon.log
 
 
+def test_what_the_service_manager_does_not_take_is_said_and_counted(start: Start) -> None:
+    """A manager that does not answer: the daemon serves, and its operator can see that a crash will cost more."""
+    daemon = start(environ={"NOTIFY_SOCKET": "/nobody/listens"}, nvme_bytes=0)
+    with daemon.peer() as wire:
+        assert wire.store(hashes_of(1, 5)) == 5
+        counted = daemon.metrics()
+        assert counted['tierd_descriptors_not_kept_total{kind="session"}'] == 1
+        assert counted['tierd_descriptors_not_kept_total{kind="segment"}'] >= 2
+    assert "the service manager does not keep a session" in daemon.log
+
+
 def test_a_moment_without_descriptors_is_over_when_it_is_over(daemon: Daemon) -> None:
     """A client that cannot be given its segments is cut off each time, nothing leaks, and later it reads its blocks."""
     hashes = hashes_of(1, 2 * SLOTS)

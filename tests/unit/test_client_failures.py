@@ -63,9 +63,7 @@ def test_a_daemon_that_does_not_answer_costs_one_deadline_and_then_nothing(conne
         assert client.statistics["failures"]["late"] >= 1
 
 
-def test_a_moment_without_descriptors_does_not_end_the_event_thread(
-    tmp_path: Path, memory: Memory, connect: Connect
-) -> None:
+def test_a_moment_without_descriptors_does_not_end_the_event_thread(tmp_path: Path, memory: Memory, connect: Connect) -> None:
     """The daemon is away while the engine has no descriptor to spare; later an idle client is found again by itself."""
     daemon = Daemon(tmp_path / "s", memory)
     client = connect()
