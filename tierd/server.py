@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from tierd.errors import Busy, Closed, Invalid, TierdError
 from tierd.log import get_logger
-from tierd.wire.framing import FrameReader, decode, frame
+from tierd.wire.framing import FrameReader, after, decode, frame
 from tierd.wire.messages import ADMIN, DATA, OPENING, Request, check, failure, request_id
 from tierd.wire.peer import Peer, peer_of
 
@@ -414,16 +414,6 @@ def send_now(connected: socket.socket, parts: list[memoryview], descriptors: Seq
         return connected.sendmsg(parts)
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
     return connected.sendmsg(parts, [rights])
-
-
-def after(parts: list[memoryview], sent: int) -> list[memoryview]:
-    """What is left of `parts` behind the first `sent` bytes."""
-    left = []
-    for part in parts:
-        if sent < len(part):
-            left.append(part[sent:])
-        sent = max(0, sent - len(part))
-    return left
 
 
 def listen(path: Path, mode: int) -> socket.socket:
