@@ -8,11 +8,16 @@ from typing import Any
 
 from tierd import __version__, clock
 from tierd.config import Config
+from tierd.core.plan import WRITE_BACK
 from tierd.errors import Invalid
 from tierd.keeper import Keeper
-from tierd.metrics import EVICTIONS, LOOKUP_TIERS, Metrics, slots_by_state
+from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, slots_by_state
 from tierd.server import Connection
 from tierd.wire.messages import Request
+
+GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
+GIVEN_UP += [("failed", outcome, WRITE_BACK) for outcome in FAILURES]
+"""Counters of blocks that were to be written and will not be."""
 
 
 class Admin:
@@ -50,14 +55,11 @@ class Admin:
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
-        written = self._written()
+        before = self._metrics.counters()
         most = self._config.limits.wait_seconds_max if seconds is None else seconds
         await self._keeper.sync(clock.monotonic_seconds() + most)
-        return {"blocks": self._written() - written}
-
-    def _written(self) -> int:
-        spaces = self._keeper.spaces.values()
-        return sum(space.lower.pool.counts()["ready"] for space in spaces if space.lower)
+        meanwhile = self._metrics.counters() - before
+        return {"blocks": meanwhile["written",], "given_up": sum(meanwhile[name] for name in GIVEN_UP)}
 
     def status(self) -> dict[str, Any]:
         """Everything a person asks first, as plain values."""

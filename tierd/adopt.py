@@ -7,9 +7,8 @@ tier may have) is given up with the reason in the log; everything else is a hit 
 from __future__ import annotations
 
 import os
-import select
+import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from tierd.tiers.directory import Scan
 from tierd.tiers.host import HostSegment
 from tierd.tiers.segment import Medium
 from tierd.tiers.tier import NvmeTier, Tier
+from tierd.wire.peer import has_ended, pid_of
 
 log = get_logger("adopt")
 Found = tuple[Any, int | None]
@@ -63,21 +63,21 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
             continue
         _adopt_space(space, segments_by_tier, now, result)
         _adopt_sessions(space, stored, result)
-    for name in [name for name in stored if name.startswith("session-") or name.endswith("-slots")]:
-        _give_up_descriptors(name, stored.pop(name))
+    while stored:
+        _give_up_descriptors(*stored.popitem())
     if found:
         log.info("adopted", segments=result.segments, copies=result.kept, sessions=result.sessions, **result.lost)
     return result
 
 
 def _memory_segments(tiers: list[Tier], stored: dict[str, list[int]]) -> Iterator[tuple[int, Any, int | None]]:
-    """Tier, segment and ordinal of what was kept under `segment-<tier>-<ordinal>-<id>-directory` and `...-slots`."""
+    """Tier, segment and ordinal of what was kept under `<tier>.<ordinal>.<id>.d` (directory) and `.s` (slots)."""
     mapped = {tier.name: at for at, tier in enumerate(tiers) if tier.medium is Medium.MEMORY}
-    for name in [name for name in stored if name.startswith("segment-") and name.endswith("-directory")]:
-        kept_as = name.removesuffix("-directory")
-        descriptors = stored.pop(name) + stored.pop(f"{kept_as}-slots", [])
+    for name in [name for name in stored if re.fullmatch(r"[a-z]+\.\d+\.[^.]+\.d", name)]:
+        kept_as = name.removesuffix(".d")
+        descriptors = stored.pop(name) + stored.pop(f"{kept_as}.s", [])
         try:
-            _, tier, ordinal, *_ = kept_as.split("-")
+            tier, ordinal, _ = kept_as.split(".")
             if len(descriptors) != 2:
                 raise Invalid(f"{len(descriptors)} descriptors are kept for it, not 2")
             if tier not in mapped:
@@ -86,7 +86,7 @@ def _memory_segments(tiers: list[Tier], stored: dict[str, list[int]]) -> Iterato
         except Invalid as error:
             log.warning("memory segment given up", segment=name, reason=str(error))
             _give_up_descriptors(name, descriptors)
-            systemd.remove(f"{kept_as}-slots")
+            systemd.remove(f"{kept_as}.s")
             continue
         segment.kept_as = kept_as
         yield mapped[tier], segment, int(ordinal)
@@ -127,7 +127,8 @@ def _adopt_space(space: Space, segments_by_tier: list[list[Found]], now: int, re
 
 def _give_up_segment(tier: Tier, segment: Any, reason: str) -> None:
     log.warning("segment given up", tier=tier.name, segment=segment.segment_id, reason=reason)
-    tier.discard(segment)
+    if not tier.discard(segment):
+        log.error("its files cannot be removed", tier=tier.name, segment=segment.segment_id)
 
 
 def _rows(scans: list[tuple[int, Scan]], slots_per_segment: int) -> Rows:
@@ -152,13 +153,12 @@ def _adopt_sessions(space: Space, stored: dict[str, list[int]], result: Adopted)
     dead: set[tuple[str, int]] = set()
     alive: dict[tuple[str, int], Attached] = {}
     tiers = [arena.tier.name for arena in space.mapped]
-    prefix = f"session-{space.namespace.id.hex()[:32]}-"
-    for name in [name for name in stored if name.startswith(prefix)]:
-        tier, number, session_id, token = name.removeprefix(prefix).split("-")
+    for name in [name for name in stored if name.startswith(space.session_prefix)]:
+        tier, number, session_id, token = name.removeprefix(space.session_prefix).split(".")
         owner, descriptors = (tier, int(number)), stored.pop(name)
-        if tier in tiers and len(descriptors) == 1 and (pid := living_pid(descriptors[0])):
-            names = int(session_id, 16), bytes.fromhex(token), int(number)
-            alive[owner] = Attached(*names, descriptors[0], pid, "", space, tiers.index(tier))
+        if tier in tiers and len(descriptors) == 1 and not has_ended(descriptors[0]):
+            names = int(session_id, 16), systemd.long(token), int(number)
+            alive[owner] = Attached(*names, descriptors[0], pid_of(descriptors[0]), "", space, tiers.index(tier))
         else:
             dead.add(owner)
             _give_up_descriptors(name, descriptors)
@@ -186,17 +186,6 @@ def _held(arena: Arena, bit: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         local = np.flatnonzero(segment.directory.holders & np.uint64(1 << bit)).astype(np.int32)
         found.append(local + np.int32(ordinal * arena.pool.slots_per_segment))
     return np.concatenate(found)
-
-
-def living_pid(pidfd: int) -> int:
-    """The pid of a pidfd's process, 0 when it is gone."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    if poll.poll(0):
-        return 0
-    with suppress(OSError), open(f"/proc/self/fdinfo/{pidfd}") as lines:
-        return next((max(0, int(line.split()[1])) for line in lines if line.startswith("Pid:")), 0)
-    return 0
 
 
 def _give_up_descriptors(name: str, descriptors: list[int]) -> None:

@@ -6,6 +6,7 @@ Rule of this file: a value is right or is refused with its source, key, value an
 from __future__ import annotations
 
 import os
+import resource
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tierd import systemd
 from tierd.errors import Invalid
 from tierd.values import (
     GIB,
@@ -35,6 +37,10 @@ from tierd.values import (
 PAGE_BYTES = 4096
 FILE_BYTES_MAX = MIB
 SOCKET_PATH_BYTES_MAX = 107
+MEMORY_DESCRIPTORS, FILE_DESCRIPTORS, SESSION_DESCRIPTORS, DESCRIPTORS_SPARE = 2, 3, 5, 64
+"""Of each memory segment, segment file and session (its connections and its process), and of the daemon itself."""
+SEGMENT_NAME_BYTES, SESSION_NAME_BYTES = 22, 70
+"""The longest names of kept descriptors, each with a separator: a segment has two."""
 
 
 def key(default: Any, parse: Callable[[Any], Any]) -> Any:
@@ -89,8 +95,6 @@ class Nvme:
 class Policy:
     """Who stays and who goes."""
 
-    eviction: str = key("lru", one_of("lru"))
-    admission: str = key("all", one_of("all"))
     promotion_window_share: float = key(0.25, decimal(0.001, 1))
 
 
@@ -120,7 +124,6 @@ class Limits:
     frame_bytes_max: int = key("4MiB", size(64 * KIB, 64 * MIB))
     hello_frame_bytes_max: int = key("64KiB", size(4 * KIB, MIB))
     wait_seconds_max: float = key(10.0, decimal(0.01, 600))
-    transfers_in_flight_max: int = key(64, count(1, 4096))
     drain_seconds_max: float = key(10.0, decimal(0.01, 600))
     namespaces_max: int = key(256, count(1, 65_536))
 
@@ -174,17 +177,45 @@ class Config:
         return {dotted: as_written(dotted, value) for dotted, value in plain.items()}
 
     def prepare(self) -> None:
-        """Create the directories; Invalid when one is unsafe or the machine cannot hold the memory tier."""
+        """Create the directories and raise the soft limit of descriptors; Invalid when a directory is unsafe, or this machine
+        cannot hold the memory tiers or give as many descriptors as may be needed.
+        """
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.cpu.bytes + self.gpu.bytes > memory_bytes:
             have, want = size_text(memory_bytes // MIB * MIB), size_text(self.cpu.bytes)
             beside = f" and gpu.bytes = {size_text(self.gpu.bytes)}" if self.gpu.bytes else ""
             raise Invalid(f"cpu.bytes = {want}{beside} is over this machine's memory of {have}: set it lower")
+        self._check_descriptors()
         # Other users must be able to reach root's sockets, whose own mode says who may connect.
         make_directory("server.runtime_dir", self.server.runtime_dir, 0o755 if os.getuid() == 0 else 0o700)
         make_directory("server.state_dir", self.server.state_dir, 0o700)
         if self.nvme.bytes:
             make_directory("nvme.path", self.nvme.path, 0o700)
+
+    def _check_descriptors(self) -> None:
+        sessions = self.limits.sessions_max
+        segments = sum(tier.bytes // tier.segment_bytes for tier in (self.gpu, self.cpu))
+        files = self.nvme.bytes // self.nvme.segment_bytes
+        needed = MEMORY_DESCRIPTORS * segments + FILE_DESCRIPTORS * files + SESSION_DESCRIPTORS * sessions + DESCRIPTORS_SPARE
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        what = f"{segments} memory segments, {files} files and {sessions} sessions"
+        remedy = "larger segments (segment_bytes), or a lower limits.sessions_max"
+        if needed > most:
+            raise Invalid(
+                f"{what} need {needed} descriptors, the limit is {most}: raise it (LimitNOFILE=, ulimit -Hn), or {remedy}"
+            )
+        if not systemd.can_store():
+            return
+        kept, names_bytes = 2 * segments + sessions, 2 * segments * SEGMENT_NAME_BYTES + sessions * SESSION_NAME_BYTES
+        if kept > (most := systemd.descriptors_max()):
+            managers = "FileDescriptorStoreMax=, tierd hold --descriptors-max"
+            raise Invalid(
+                f"{what} are {kept} descriptors to keep, the manager keeps {most}: raise that ({managers}), or {remedy}"
+            )
+        if names_bytes > systemd.NAMES_BYTES_MAX:
+            most = systemd.NAMES_BYTES_MAX
+            raise Invalid(f"names of {what} take {names_bytes} bytes, a daemon can be started with {most}: {remedy}")
 
 
 SECTIONS: dict[str, type[Any]] = {

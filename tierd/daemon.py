@@ -108,8 +108,10 @@ async def serve(config: Config) -> int:
         systemd.stopping()
         logger.info("draining", unwritten=keeper.unwritten())
         service.drain()
+        deadline = clock.monotonic_seconds() + config.limits.drain_seconds_max
         with suppress(Busy):
-            await keeper.sync(clock.monotonic_seconds() + config.limits.drain_seconds_max)
+            while keeper.unwritten():  # what was begun before may be committed meanwhile
+                await keeper.sync(deadline)
     await history.end(config.server.state_dir, clock.unix_milliseconds())
     logger.info("stopped", unwritten=keeper.unwritten())
     return 0

@@ -5,14 +5,15 @@
   and one whose own coldest block is warmer than that segment takes it over in the background.
 - Pages that an engine holds are not waited for: of the gpu tier only segments that nobody uses change hands.
 - A memory segment changes hands by dying: its blocks leave the index, its last user lets go, every client that maps it
-  answers `detach` (or dies), and only then its bytes are free for a new one.
+  answers `detach` (or dies), and only then its bytes are free for a new one: they are reserved for who waits for them at once.
+- A client that does not let go, or a medium that refuses the new segment, costs a tier at most two segments.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from itertools import count
 from typing import Any
@@ -31,14 +32,16 @@ WRITE_BACK_BYTES, WRITE_BACK_BLOCKS_MAX = 16 << 20, 256
 """Size of one write-back transfer; half as many as there are io threads wait behind those under way."""
 WRITE_BACK_SHARE = 0.25
 """Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them."""
-POLL_SECONDS = 0.005
+POLL_SECONDS, POLL_SECONDS_MAX = 0.005, 0.5
 SYNC_POLL_SECONDS = 0.1
-"""A sync looks again at least this often: growth and pauses end without a transfer."""
+"""A sync looks again at least this often: growth and hand-overs end without a transfer."""
 PAUSE_SECONDS = 2.0
 """How long a tier that had no room on its medium is not asked again."""
 HANDOVER_SECONDS_MAX = 30.0
 PATIENCE_SECONDS = 1.0
 """How long a segment that a client does not give back is waited for before another one is taken."""
+DYING_MAX = 2
+"""Segments of a tier on their way out at a time: one that a client does not give back, and one that changes hands."""
 RECENCY_SECONDS = 1.0
 
 
@@ -57,7 +60,11 @@ class Keeper:
         self._writing: Counter[str] = Counter()
         """Write-backs under way, by the tier that they go to."""
         self._paused_until = [0.0 for _ in tiers]
-        self._handing: list[asyncio.Task[bool] | None] = [None for _ in tiers]
+        """By tier; 0 when it gave the last segment that it was asked for."""
+        self._handing: list[asyncio.Task[None] | None] = [None for _ in tiers]
+        self._takers: list[list[Space]] = [[] for _ in tiers]
+        """Who waits for the bytes of a segment that is on its way out, by tier and in the order of their coming."""
+        self._dying: list[set[asyncio.Task[None]]] = [set() for _ in tiers]
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turns = count(1)
         self._closing = False
@@ -68,7 +75,7 @@ class Keeper:
         """Start what the cache of a space has decided, and as much write-back as fits under way."""
         self._submit(space)
         for tier in space.cache.write_back.queues:
-            if not self._closing and not self._is_paused(tier):
+            if not self._closing:
                 self._write_back(space, tier)
 
     def _write_back(self, space: Space, tier: int) -> None:
@@ -79,7 +86,7 @@ class Keeper:
         while cache.write_back.queues[tier] and self._writing[arena.tier.name] < most:
             if arena.pool.free < blocks:
                 if self.can_grow(arena):
-                    self._background(self._grow_and_pump(space, arena))
+                    self._start_growth(space, arena)  # it goes on from here when it ends
                     return
                 self._rebalance(space, tier)
             if not cache.plan_write_back(tier, blocks):
@@ -92,10 +99,6 @@ class Keeper:
             transfer = planned.pop(0)
             self._writing[transfer.target] += transfer.reason == WRITE_BACK
             self.mover.submit(space, transfer)
-
-    async def _grow_and_pump(self, space: Space, arena: Arena) -> None:
-        await self.grow(space, arena)
-        self.pump(space)
 
     def _moved(self, space: Space, transfer: Transfer) -> None:
         self._progress.set()
@@ -113,15 +116,28 @@ class Keeper:
         return sum(map(len, queues)) + self.mover.in_flight[WRITE_BACK]
 
     async def sync(self, deadline: float) -> None:
-        """Wait until all that was admitted is on NVMe; raises Busy at the deadline (monotonic seconds)."""
-        while self.unwritten():
-            if (left := deadline - clock.monotonic_seconds()) <= 0:
-                raise Busy(f"sync: {self.unwritten()} runs are still to be written; ask again with a longer deadline")
-            for space in self.spaces.values():
+        """Wait until all that was admitted before is on NVMe or given up; raises Busy at the deadline (monotonic seconds), or
+        as soon as nothing is under way that could make room for what waits.
+        """
+        marks = {space: space.cache.write_back.mark() for space in self.spaces.values()}
+        while True:
+            for space in marks:
                 self.pump(space)
+            runs = sum(space.cache.write_back.left(mark) for space, mark in marks.items())
+            if not runs:
+                return
+            if not self._is_moving():
+                raise Busy(f"sync: {runs} runs wait for room below, where nothing grows or may go: see the log")
+            if (seconds := deadline - clock.monotonic_seconds()) <= 0:
+                raise Busy(f"sync: {runs} runs are still to be written; ask again with a longer deadline")
             self._progress.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._progress.wait(), min(left, SYNC_POLL_SECONDS))
+                await asyncio.wait_for(self._progress.wait(), min(seconds, SYNC_POLL_SECONDS))
+
+    def _is_moving(self) -> bool:
+        """Whether something is under way after which a tier may have room."""
+        growing = any(arena.growing for space in self.spaces.values() for arena in space.arenas)
+        return growing or any(self.mover.in_flight.values()) or any(self._handing) or any(self._dying)
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
@@ -134,29 +150,37 @@ class Keeper:
 
     async def grow(self, space: Space, arena: Arena) -> bool:
         """Add one segment; many callers at a time share one growth. Returns whether there is one more."""
-        if arena.growing is None:
-            if not arena.tier.budget.reserve(arena.geometry.total_bytes):
-                return False
+        growing = self._start_growth(space, arena)
+        return growing is not None and await asyncio.shield(growing)
+
+    def _start_growth(self, space: Space, arena: Arena) -> asyncio.Task[bool] | None:
+        """The growth under way, started now if there was none; None when the tier has no bytes for it."""
+        if arena.growing is None and arena.tier.budget.reserve(arena.geometry.total_bytes):
             arena.growing = self._background(self._create(space, arena))
-        return await asyncio.shield(arena.growing)
+        return arena.growing
 
     async def _create(self, space: Space, arena: Arena) -> bool:
-        """Make a segment whose bytes are reserved."""
-        ordinal = arena.pool.next_ordinal
+        """Make a segment whose bytes are reserved, then go on with what waited for it."""
+        ordinal, at, grown = arena.pool.next_ordinal, self.tiers.index(arena.tier), False
         try:
             segment = await asyncio.to_thread(arena.tier.create, space.namespace, ordinal)
         except TierdError as error:
             arena.tier.budget.release(arena.geometry.total_bytes)
-            self._paused_until[self.tiers.index(arena.tier)] = clock.monotonic_seconds() + PAUSE_SECONDS
-            log.warning("tier cannot grow", tier=arena.tier.name, reason=str(error))
-            return False
+            if not self._paused_until[at]:
+                log.warning("tier cannot grow", tier=arena.tier.name, reason=str(error), retry_seconds=PAUSE_SECONDS)
+            self._paused_until[at] = clock.monotonic_seconds() + PAUSE_SECONDS
         except BaseException:
             arena.tier.budget.release(arena.geometry.total_bytes)
             raise
+        else:
+            arena.add(segment, clock.unix_milliseconds(), ordinal)
+            if self._paused_until[at]:
+                log.info("tier grows again", tier=arena.tier.name)
+            self._paused_until[at], grown = 0.0, True
         finally:
             arena.growing = None
-        arena.add(segment, clock.unix_milliseconds(), ordinal)
-        return True
+        self.pump(space)
+        return grown
 
     async def supply(self, space: Space, tier: int, wanted: int) -> None:
         """See that `wanted` blocks find slots in a mapped tier: grow while possible, else take a first segment from another
@@ -174,8 +198,7 @@ class Keeper:
         arena = space.arenas[tier]
         if arena.pool.free < arena.pool.slots_per_segment // 2:
             if self.can_grow(arena):
-                if arena.growing is None:
-                    self._background(self.grow(space, arena))
+                self._start_growth(space, arena)
             elif arena.segments:
                 self._rebalance(space, tier)
 
@@ -186,79 +209,116 @@ class Keeper:
 
     def _rebalance(self, space: Space, tier: int) -> None:
         """In a full tier, start to take over a segment that is colder than all that this space has."""
-        if self._handing[tier] is None and len(self.spaces) > 1 and self._victim(space, tier):
-            self._handing[tier] = self._background(self._hand_over(space, tier))
+        if len(self.spaces) > 1:
+            self._start_handing_over(space, tier)
+
+    def _start_handing_over(self, taker: Space, tier: int) -> None:
+        """Unless one is under way, or can only cost blocks: nothing may go, or the medium has just refused a segment."""
+        if self._handing[tier] is None and not self._is_paused(tier) and self._victim(taker, tier):
+            self._handing[tier] = self._background(self._hand_over(taker, tier))
 
     async def _take_over(self, space: Space, tier: int) -> None:
         """A space without a segment gets one, or Busy."""
+        arena, name = space.arenas[tier], self.tiers[tier].name
         deadline = clock.monotonic_seconds() + HANDOVER_SECONDS_MAX
-        while not space.arenas[tier].pool.slots:
-            if self._handing[tier] is None:
-                if not self._victim(space, tier):
-                    raise Busy(f"every segment of the {self.tiers[tier].name} tier is in use by other namespaces")
-                self._handing[tier] = self._background(self._hand_over(space, tier))
-            if (task := self._handing[tier]) is not None:
-                await asyncio.wait([task], timeout=max(0.0, deadline - clock.monotonic_seconds()))
-            if clock.monotonic_seconds() >= deadline:
-                raise Busy(f"no segment of the {self.tiers[tier].name} tier came free in {HANDOVER_SECONDS_MAX} seconds")
+        self._takers[tier].append(space)
+        try:
+            while not arena.pool.slots:
+                if arena.growing is None:
+                    self._start_handing_over(space, tier)
+                growing = {other.arenas[tier].growing for other in self.spaces.values()}
+                under_way = {task for task in (*growing, self._handing[tier], *self._dying[tier]) if task}
+                left = deadline - clock.monotonic_seconds()
+                if not under_way:
+                    raise Busy(f"every segment of the {name} tier is in use by other namespaces, or its medium is full")
+                if left <= 0:
+                    raise Busy(f"no segment of the {name} tier came free in {HANDOVER_SECONDS_MAX} seconds")
+                await asyncio.wait(under_way, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._takers[tier].remove(space)
 
     def _victim(self, taker: Space, tier: int) -> tuple[Space, int] | None:
-        """The coldest segment of another space that the taker deserves more, or None."""
+        """The coldest segment of another space that the taker deserves more, or None.
+
+        Those that a client maps which cannot be asked for them, or was asked in vain so far, are the last choice.
+        """
+        if len(self._dying[tier]) >= DYING_MAX:
+            return None
         need = not taker.arenas[tier].pool.slots
-        best: tuple[int, Space, int] | None = None
+        best: tuple[bool, int] | None = None
+        choice: tuple[Space, int] | None = None
         for space in self.spaces.values():
             pool = space.arenas[tier].pool
             if space is taker or (not need and space.sessions and len(pool.segments) <= 1):
                 continue
+            stuck = space.kept_back(tier)
             for ordinal, last_use in pool.last_use.items():
                 held = self.tiers[tier].name == PAGED and not pool.is_idle(ordinal)
-                if ordinal not in pool.closing and not held and (best is None or last_use < best[0]):
-                    best = (last_use, space, ordinal)
-        if best is None or (not need and best[0] >= taker.coldest(tier)):
-            return None
-        return best[1], best[2]
+                if ordinal not in pool.closing and not held and (best is None or (ordinal in stuck, last_use) < best):
+                    best, choice = (ordinal in stuck, last_use), (space, ordinal)
+        return choice if best and (need or best < (False, taker.coldest(tier))) else None
 
-    async def _hand_over(self, taker: Space, tier: int) -> bool:
+    async def _hand_over(self, taker: Space, tier: int) -> None:
+        """Have a segment of another space destroyed for the taker, and a second one if that takes too long or is too small.
+
+        A medium that refuses the new segment ends it: nobody else loses blocks for that.
+        """
+        arena = taker.arenas[tier]
+        segments = len(arena.segments)
+        self._takers[tier].append(taker)
         try:
-            while (choice := self._victim(taker, tier)) is not None:
+            for _ in range(DYING_MAX):
+                if (choice := self._victim(taker, tier)) is None:
+                    return
                 dying = self._background(self._kill(*choice, tier))
+                self._dying[tier].add(dying)
+                dying.add_done_callback(self._dying[tier].discard)
                 await asyncio.wait([dying], timeout=PATIENCE_SECONDS)
-                if await self.grow(taker, taker.arenas[tier]):
-                    self.handovers += 1
-                    self.pump(taker)
-                    return True
-            return False
+                if arena.growing is not None:
+                    await asyncio.wait([arena.growing])
+                if len(arena.segments) > segments or self._is_paused(tier):
+                    return
         finally:
+            self._takers[tier].remove(taker)
             self._handing[tier] = None
 
     async def _kill(self, space: Space, ordinal: int, tier: int) -> None:
-        """Vacate a segment, wait for its users and mappers, and give its bytes back."""
+        """Vacate a segment, wait for its users and mappers, and give its bytes to who waits for them."""
         arena = space.arenas[tier]
         space.cache.vacate(tier, ordinal)
-        while not arena.pool.is_idle(ordinal):
-            await asyncio.sleep(POLL_SECONDS)
+        await until(lambda: arena.pool.is_idle(ordinal))
         if tier in space.cache.ladder.mapped:
-            await self._unmap(space, arena, ordinal)
+            await until(lambda: self._is_unmapped(space, arena, ordinal))
         segment = arena.remove(ordinal)
-        await asyncio.to_thread(arena.tier.discard, segment)
+        is_gone = await asyncio.to_thread(arena.tier.discard, segment)
         if arena is space.lower:
             self._failures.update(segment.failures)
+        if not is_gone:
+            log.error("a segment's files stay: their bytes count till the next start", segment=segment.segment_id)
+            return
         arena.tier.budget.release(arena.geometry.total_bytes)
+        for taker in self._takers[tier]:  # at once, before who has lost the segment can have its bytes again
+            wanting = taker.arenas[tier]
+            if wanting.growing is None and self._start_growth(taker, wanting):
+                self.handovers += 1
+                return
 
-    async def _unmap(self, space: Space, arena: Arena, ordinal: int) -> None:
-        """Have every client unmap a segment; a client that does not answer keeps it until its process is gone."""
+    def _is_unmapped(self, space: Space, arena: Arena, ordinal: int) -> bool:
+        """Whether every client has unmapped a segment; asks who was not asked yet. Who does not answer keeps it until its
+        process is gone.
+        """
         segment_id = arena.segments[ordinal].segment_id
-        entry = {"tier": arena.tier.name, "ordinal": ordinal, "segment": segment_id}
-        while mappers := space.mappers(segment_id):
-            for session in mappers:
-                if session.events is not None and segment_id not in session.waiting_detach:
-                    session.waiting_detach.add(segment_id)
-                    session.events.send({"id": 0, "push": "detach", "segments": [entry]})
-            await asyncio.sleep(POLL_SECONDS)
+        mappers = space.mappers(segment_id)
+        for session in mappers:
+            if session.events is not None and segment_id not in session.waiting_detach:
+                session.waiting_detach.add(segment_id)
+                entry = {"tier": arena.tier.name, "ordinal": ordinal, "segment": segment_id}
+                session.events.send({"id": 0, "push": "detach", "segments": [entry]})
+        return not mappers
 
     def forget_empty(self) -> None:
         """Make room for other namespaces: those without sessions and segments have nothing to lose but their names."""
-        if any(self._handing):
+        if any(self._takers):
             return  # one of them may be about to get a segment
         for space in list(self.spaces.values()):
             if not space.sessions and not any(arena.segments or arena.growing for arena in space.arenas):
@@ -316,3 +376,11 @@ class Keeper:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background work failed", error=repr(error))
+
+
+async def until(so: Callable[[], bool]) -> None:
+    """Wait until something is so, asking less and less often."""
+    pause = POLL_SECONDS
+    while not so():
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS_MAX)

@@ -21,6 +21,7 @@ from tierd.core.ladder import CLOSED, TIERS
 from tierd.core.plan import REASONS, TURN_ENDS, WRITE_BACK
 from tierd.keeper import Keeper
 from tierd.space import Space
+from tierd.tiers.tier import MemoryTier
 
 REQUEST_BUCKETS = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0, 10.0)
 LOOKUP_TIERS = (*TIERS, "remote", "pending", "miss")
@@ -39,6 +40,8 @@ class Metrics(Collector):
         self.errors: Counter[tuple[str, str]] = Counter()
         """Refused requests by verb and error."""
         self.sessions_total = 0
+        self.sessions_not_kept = 0
+        """Sessions whose process the service manager did not take."""
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.requests = Histogram(
@@ -123,6 +126,10 @@ class Metrics(Collector):
         yield counter("tierd_nvme_failures", "Failed accesses to NVMe segments, by reason.", ["reason"], failures)
         text = "Directory rows found at start, by what became of them."
         yield counter("tierd_recovered_rows", text, ["outcome"], adopted)
+        segments = sum(tier.not_kept for tier in keeper.tiers if isinstance(tier, MemoryTier))
+        not_kept = [(("segment",), segments), (("session",), self.sessions_not_kept)]
+        text = "Descriptors that the service manager did not take, so that they end with the daemon."
+        yield counter("tierd_descriptors_not_kept", text, ["kind"], not_kept)
         text = "Segments that were taken from one namespace for another."
         yield counter("tierd_segment_handovers", text, [], [((), keeper.handovers)])
 

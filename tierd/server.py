@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from tierd.errors import Busy, Closed, Invalid, TierdError
 from tierd.log import get_logger
-from tierd.wire.framing import FrameReader, decode, frame
+from tierd.wire.framing import FrameReader, after, decode, frame
 from tierd.wire.messages import ADMIN, DATA, OPENING, Request, check, failure, request_id
 from tierd.wire.peer import Peer, peer_of
 
@@ -205,6 +205,7 @@ class Connection:
         """Send a push or a reply, never blocking. What the peer does not take is kept; over a limit it is disconnected.
 
         Descriptors (at most 253) arrive with the frame's first byte; they are the caller's own again when this returns.
+        Raises OSError, with nothing sent, when they have to be kept and cannot be copied.
         """
         assert len(descriptors) <= DESCRIPTORS_PER_FRAME_MAX
         if self.closed:
@@ -236,8 +237,8 @@ class Connection:
                 return
             if not parts:
                 return
-            self._loop.add_writer(self._socket, self._writable)
-        self._unsent.append(Unsent(parts, [os.dup(descriptor) for descriptor in descriptors]))
+        self._unsent.append(Unsent(parts, copies(descriptors)))
+        self._loop.add_writer(self._socket, self._writable)
         self._unsent_bytes += sum(map(len, parts))
         if self._unsent_bytes > 2 * self._server.limits.frame_bytes_max:
             self.close(f"{self._unsent_bytes} bytes unsent: the peer does not read")
@@ -412,6 +413,18 @@ class Unsent:
             os.close(self.descriptors.pop())
 
 
+def copies(descriptors: Sequence[int]) -> list[int]:
+    """Duplicates of all of them; raises OSError, and leaves none, when there are too few numbers."""
+    made: list[int] = []
+    try:
+        made.extend(os.dup(descriptor) for descriptor in descriptors)
+    except OSError:
+        for descriptor in made:
+            os.close(descriptor)
+        raise
+    return made
+
+
 def known(error: Exception) -> TierdError:
     """What the peer is told of an error: of a bug, only that there is one."""
     return error if isinstance(error, TierdError) else Closed("internal error; the daemon's log has it")
@@ -423,16 +436,6 @@ def send_now(connected: socket.socket, parts: list[memoryview], descriptors: Seq
         return connected.sendmsg(parts)
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
     return connected.sendmsg(parts, [rights])
-
-
-def after(parts: list[memoryview], sent: int) -> list[memoryview]:
-    """What is left of `parts` behind the first `sent` bytes."""
-    left = []
-    for part in parts:
-        if sent < len(part):
-            left.append(part[sent:])
-        sent = max(0, sent - len(part))
-    return left
 
 
 def listen(path: Path, mode: int) -> socket.socket:

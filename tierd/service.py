@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd import __version__, clock, systemd
-from tierd.adopt import living_pid
 from tierd.config import Config
 from tierd.errors import Busy, Closed, Gone, Invalid, TierdError
 from tierd.keeper import Keeper
@@ -23,6 +22,7 @@ from tierd.server import Connection
 from tierd.space import Attached, Slots, Space, give_segments
 from tierd.verbs import BY_NAME, Answer, Reply, Verbs
 from tierd.wire.messages import PROTOCOL_VERSION, WRITING, Request, unpack_held
+from tierd.wire.peer import has_ended
 
 log = get_logger("service")
 
@@ -43,13 +43,17 @@ class Service:
         """A connection without a session yet."""
 
     def disconnected(self, connection: Connection) -> None:
-        """The session stays, with all it was told, until it resumes or its process is gone."""
+        """The session stays, with all it was told, until it resumes or its process is gone; one that knows no segment was
+        told nothing, perhaps not even its name, and ends.
+        """
         session: Attached | None = connection.state
         if session is not None:
             if session.connection is connection:
                 session.connection = None
             if session.events is connection:
                 session.events = None
+            if session.connection is None and session.events is None and not session.known:
+                self.end(session)
 
     def request(self, connection: Connection, request: Request) -> Answer:
         """Answer one checked request."""
@@ -104,8 +108,9 @@ class Service:
         except Busy:
             os.close(pidfd)
             raise
-        if systemd.can_store():
-            systemd.store(session.stored_name, [pidfd])
+        if systemd.can_store() and not systemd.store(session.stored_name, [pidfd]):
+            self._metrics.sessions_not_kept += 1
+            log.warning("the service manager does not keep a session", client=session.name, pid=peer.pid)
         self._metrics.sessions_total += 1
         self.watch(session)
         self._join(session, connection)
@@ -118,7 +123,7 @@ class Service:
         session = space.sessions.get(arguments["session"]) if space else None
         if space is None or session is None or session.token != arguments["token"]:
             raise Gone("this session is not known: say hello")
-        if connection.peer.pid != session.pid or not living_pid(session.pidfd):
+        if connection.peer.pid != session.pid or has_ended(session.pidfd):
             raise Invalid("resume: a session can be resumed only by the process that opened it")
         held, writing = _held_slots(session, arguments["held"])
         lease = space.cache.resume(session.id, held, writing)  # refuses what cannot be, before anything has changed

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd import systemd
 from tierd.core.cache import Cache
 from tierd.core.plan import Transfer
 from tierd.core.pool import Pool
 from tierd.errors import Busy
 from tierd.layout import Namespace
+from tierd.log import get_logger
 from tierd.tiers.host import HostSegment
 from tierd.tiers.nvme import FileSegment
 from tierd.tiers.tier import Tier
 from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
 
+log = get_logger("space")
 Slots = NDArray[np.int32]
 BITS = 64
 
@@ -82,8 +85,7 @@ class Attached:
     @property
     def stored_name(self) -> str:
         """Under which name the service manager keeps the process's pidfd."""
-        space = self.space.namespace.id.hex()[:32]
-        return f"session-{space}-{self.arena.tier.name}-{self.bit}-{self.id:x}-{self.token.hex()}"
+        return f"{self.space.session_prefix}{self.arena.tier.name}.{self.bit}.{self.id:x}.{systemd.short(self.token)}"
 
 
 class Space:
@@ -102,6 +104,11 @@ class Space:
 
     def __repr__(self) -> str:
         return f"<Space {self.namespace.id.hex()[:8]}: {len(self.sessions)} sessions, {self.cache.index.blocks} blocks>"
+
+    @property
+    def session_prefix(self) -> str:
+        """How the names begin under which the service manager keeps its sessions' pidfds."""
+        return f"session.{systemd.short(self.namespace.id[:12])}."
 
     @property
     def mapped(self) -> list[Arena]:
@@ -162,21 +169,40 @@ class Space:
         node = next(self.cache.index.orders[tier].coldest(), None)
         return node.last_use if node is not None else 0
 
-    def mappers(self, segment_id: bytes) -> Iterable[Attached]:
+    def kept_back(self, tier: int) -> set[int]:
+        """Ordinals of segments that a client maps which has no event channel, or owes an answer on it."""
+        stuck = [s for s in self.sessions.values() if s.tier == tier and (s.events is None or s.waiting_detach)]
+        return {ordinal for session in stuck for ordinal in session.known}
+
+    def mappers(self, segment_id: bytes) -> list[Attached]:
         """Sessions that were given a segment."""
         return [session for session in self.sessions.values() if segment_id in session.known.values()]
 
 
 def give_segments(session: Attached, ordinals: list[int]) -> None:
-    """Send segments of its tier, with their descriptors, to a connected session."""
-    for at in range(0, len(ordinals), SEGMENTS_PER_PUSH_MAX):
-        batch = ordinals[at : at + SEGMENTS_PER_PUSH_MAX]
-        entries, descriptors = [], []
-        for ordinal in batch:
+    """Send segments of its tier, with their descriptors, to a connected session.
+
+    Raises Busy, and ends the connection, when this process has no descriptors left: the client resumes, which frees what it
+    was about to be told.
+    """
+    try:
+        for at in range(0, len(ordinals), SEGMENTS_PER_PUSH_MAX):
+            _give_batch(session, ordinals[at : at + SEGMENTS_PER_PUSH_MAX])
+    except OSError as error:
+        log.error("segments cannot be given", client=session.name, pid=session.pid, reason=str(error))
+        session.connection.close("no descriptors for its segments")
+        raise Busy(f"the daemon has no descriptors for segments ({error}): raise its limit (LimitNOFILE=)") from error
+
+
+def _give_batch(session: Attached, ordinals: list[int]) -> None:
+    entries, descriptors = [], []
+    with ExitStack() as opened:
+        for ordinal in ordinals:
             segment = session.arena.segments[ordinal]
             shape = segment.header.geometry
-            session.known[ordinal] = segment.segment_id
-            descriptors += [segment.readonly_directory_fd(), os.dup(segment.slots_fd)]
+            directory = segment.readonly_directory_fd()
+            opened.callback(os.close, directory)
+            descriptors += [directory, segment.slots_fd]
             entries.append(
                 {
                     "tier": session.arena.tier.name,
@@ -189,5 +215,4 @@ def give_segments(session: Attached, ordinals: list[int]) -> None:
                 }
             )
         session.connection.send({"id": 0, "push": "attach", "segments": entries}, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
+    session.known |= {entry["ordinal"]: entry["segment"] for entry in entries}

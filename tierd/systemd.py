@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import socket
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 
 from tierd.errors import Invalid
@@ -17,6 +18,9 @@ from tierd.errors import Invalid
 FIRST_DESCRIPTOR = 3
 DESCRIPTORS_PER_MESSAGE = 253
 """The kernel's limit on descriptors in one datagram (SCM_MAX_FD)."""
+NAMES_BYTES_MAX = (128 << 10) - 64
+"""Of the names of all descriptors that are passed to a process, each with a separator: the kernel's limit on one variable of
+the environment (MAX_ARG_STRLEN), less the variable's own name."""
 
 _SEND_SECONDS_MAX = 1.0
 _NAME = re.compile(r"[\x20-\x39\x3b-\x7e]{1,255}")
@@ -53,9 +57,24 @@ def status(text: str) -> bool:
 
 
 def can_store() -> bool:
-    """Whether there is a manager that keeps descriptors (systemd before 254 does not say whether it does)."""
-    allowed = os.environ.get("FDSTORE", "1")
-    return bool(os.environ.get("NOTIFY_SOCKET")) and allowed.isdigit() and int(allowed) > 0
+    """Whether there is a manager that keeps descriptors."""
+    return descriptors_max() > 0
+
+
+def descriptors_max() -> int:
+    """How many descriptors the manager keeps; systemd before 254 does not say it, which counts as a great many."""
+    allowed = os.environ.get("FDSTORE", str(1 << 20))
+    return int(allowed) if os.environ.get("NOTIFY_SOCKET") and allowed.isdigit() else 0
+
+
+def short(value: bytes) -> str:
+    """Bytes as a part of a descriptor's name: those of all that are kept must fit into NAMES_BYTES_MAX."""
+    return urlsafe_b64encode(value).rstrip(b"=").decode()
+
+
+def long(text: str) -> bytes:
+    """What `short` was given."""
+    return urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def store(name: str, descriptors: Sequence[int]) -> bool:

@@ -107,6 +107,8 @@ class Verbs:
 
     def release(self, session: Attached, arguments: Request) -> Reply:
         """End a lease, or a part of it."""
+        if arguments["first"] is not None and arguments["count"] is None:
+            raise Invalid("release: first without count: leave both out to end the lease, or say how many")
         session.space.cache.release(session.id, arguments["lease"], arguments["first"] or 0, arguments["count"])
         return {}
 
@@ -181,6 +183,7 @@ class Verbs:
         hashes = self._hashes(arguments)
         blocks = cache.prefetch(session.tier, hashes, arguments["parent"], clock.unix_milliseconds())
         self._keeper.pump(session.space)
+        self._keeper.supply_ahead(session.space, session.tier)
         return {"blocks": blocks}
 
     def stats(self, session: Attached, arguments: Request) -> Reply:

@@ -34,6 +34,14 @@ LAYOUT = Layout(layers=1, kv_heads=1, head_dim=64, dtype="float16")
 SEGMENT_BYTES = 256 << 10
 SLOTS = Geometry.fit(LAYOUT, SEGMENT_BYTES).slot_count
 """Of one segment, in either tier."""
+GREETING = {
+    "version": 1,
+    "model": "model",
+    "layout": LAYOUT.to_map(),
+    "fingerprint": LAYOUT.fingerprint,
+    "client": "test",
+}
+"""What a `hello` says."""
 READY_SECONDS_MAX = 20.0
 ANSWER_SECONDS_MAX = 20.0
 POLL_SECONDS = 0.005
@@ -57,6 +65,9 @@ def payload_of(block: bytes, model: str = "model") -> NDArray[np.uint8]:
 
 class Daemon:
     """`tierd serve` in `folder`, whose runtime and state directories stay there from one life to the next."""
+
+    serve: Sequence[str] = ("tierd", "serve")
+    """Module and arguments."""
 
     def __init__(self, folder: Path, flags: Sequence[str] = (), held: bool = False, **environ: str) -> None:
         self.folder, self.flags, self.held = folder, list(flags), held
@@ -82,8 +93,7 @@ class Daemon:
         serve = [
             sys.executable,
             "-m",
-            "tierd",
-            "serve",
+            *self.serve,
             "--runtime-dir",
             f"{self.runtime}",
             "--state-dir",
@@ -270,13 +280,7 @@ class Wire:
 
     def hello(self, **changes: Any) -> dict[str, Any]:
         """Say hello as LAYOUT's client, with some arguments changed (None: left out)."""
-        arguments = {
-            "version": 1,
-            "model": "model",
-            "layout": LAYOUT.to_map(),
-            "fingerprint": LAYOUT.fingerprint,
-            "client": "test",
-        } | changes
+        arguments = GREETING | changes
         self.model = arguments["model"]
         self.welcome = self.ask("hello", **{name: value for name, value in arguments.items() if value is not None})
         return self.welcome

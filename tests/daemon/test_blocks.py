@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.daemon.conftest import Start
 from tests.daemon.harness import ROOT, SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
-from tierd.errors import Busy, Gone
+from tierd.errors import Busy, Gone, Invalid
 from tierd.wire.messages import NO_ROOM, PENDING, STORED
 
 REPOSITORY = Path(__file__).parents[2]
@@ -175,6 +176,47 @@ def test_sync_means_that_everything_admitted_is_in_nvme(daemon: Daemon) -> None:
     assert done.stdout.startswith("synced: ")
     assert daemon.slots("nvme")["ready"] == 180
     assert daemon.status()["unwritten_runs"] == 0
+
+
+def test_sync_counts_blocks_that_replaced_others(start: Start) -> None:
+    """On a full nvme tier too `written` grows by every block that came to it, and `blocks` is part of that."""
+    daemon = start(nvme_bytes=2 * SEGMENT_BYTES)
+    with daemon.peer() as wire:
+        for seed in range(8):
+            assert wire.store(hashes_of(seed, 40)) == 40
+            assert 0 <= daemon.ask("sync", deadline_ms=10_000)["blocks"] <= 40
+    evicted = daemon.status()["evicted_blocks"]
+    assert evicted["nvme.clean"] + evicted["nvme.drop"] > 0
+    assert daemon.metrics()['tierd_events_total{event="written"}'] == 320
+
+
+def test_prefetching_alone_makes_the_tier_grow(daemon: Daemon) -> None:
+    """After a restart everything is on nvme: what is prefetched fills the tier, not its first segment again and again."""
+    chains = [hashes_of(seed, 40) for seed in range(4)]
+    with daemon.peer() as wire:
+        for hashes in chains:
+            wire.store(hashes)
+        daemon.ask("sync", deadline_ms=10_000)
+    daemon.stop()
+    daemon.start()
+    with daemon.peer() as wire:
+
+        def is_up(status: dict[str, Any]) -> bool:
+            for hashes in chains:
+                wire.ask("prefetch", hashes=hashes)
+            return bool(status["tiers"]["cpu"]["slots"].get("ready", 0) == 160)
+
+        daemon.wait_until(is_up)
+
+
+def test_a_part_of_a_lease_without_a_count_is_refused(daemon: Daemon) -> None:
+    """It would end the lease of a client that forgot a key: nothing is done instead."""
+    with daemon.peer() as wire:
+        wire.store(hashes_of(1, 5))
+        lease = wire.lookup(hashes_of(1, 5))["lease"]
+        with pytest.raises(Invalid, match="first without count"):
+            wire.ask("release", lease=lease, first=0)
+        assert wire.ask("load", lease=lease, first=0, count=5)["count"] == 5
 
 
 def test_leased_blocks_outlive_pressure(start: Start) -> None:

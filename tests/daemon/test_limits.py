@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.daemon.conftest import Start
-from tests.daemon.harness import SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
+from tests.daemon.harness import GREETING, SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
+from tierd.cli import USAGE
 from tierd.errors import Busy, Invalid
+from tierd.wire.framing import encode
 
 NOBODY = 65534
 
@@ -30,6 +36,11 @@ def as_nobody(work: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def memory_descriptors(pid: int) -> int:
+    """How many descriptors of memory a process has."""
+    return sum(os.readlink(path).startswith("/memfd:") for path in Path(f"/proc/{pid}/fd").iterdir())
+
+
 def test_the_sixty_fifth_session_of_a_namespace_is_busy(daemon: Daemon) -> None:
     """There are 64 holder bits; another namespace has its own, and a bit that comes free is given again."""
     wires = [daemon.peer() for _ in range(64)]
@@ -45,6 +56,91 @@ def test_the_sixty_fifth_session_of_a_namespace_is_busy(daemon: Daemon) -> None:
     for wire in wires:
         wire.end()
     assert daemon.status()["sessions"] == 0
+
+
+def test_greetings_that_nobody_waits_for_lock_nobody_out(daemon: Daemon) -> None:
+    """An engine that starts while the daemon is frozen tries again and again; later each of its tries is forgotten."""
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGSTOP)
+    for _ in range(70):
+        with socket.socket(socket.AF_UNIX) as impatient:
+            impatient.connect(str(daemon.socket))
+            impatient.sendall(encode({"id": 1, "verb": "hello", **GREETING}))
+    daemon.process.send_signal(signal.SIGCONT)
+    daemon.wait_until(lambda status: daemon.log.count("session ended") >= 64 and status["sessions"] == 0)
+    with daemon.peer() as patient:
+        assert patient.store(hashes_of(1, 3)) == 3
+
+
+class Limited(Daemon):
+    """A daemon whose process may have few descriptors: `soft:hard`."""
+
+    limits = "64:20000"
+
+    def command(self) -> list[str]:
+        return ["prlimit", f"--nofile={self.limits}", *super().command()]
+
+
+def test_the_usual_soft_limit_of_descriptors_is_no_limit(make: Start) -> None:
+    """It is raised to the hard one at start; one that is too low for the configuration is refused with the remedy."""
+    plain = make(limits_sessions_max=100)
+    daemon = Limited(plain.folder, plain.flags).start()
+    assert daemon.process is not None
+    assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE) == (20_000, 20_000)
+    wires = [daemon.peer() for _ in range(30)]
+    assert daemon.status()["sessions"] == 30
+    daemon.stop()
+    for wire in wires:
+        wire.close()
+    daemon.limits = "64:512"
+    daemon.spawn()
+    assert daemon.process.wait(20) == USAGE
+    says = "4 memory segments, 16 files and 100 sessions need 620 descriptors, the limit is 512: raise it"
+    assert says in daemon.log
+
+
+def test_more_memory_than_the_holder_can_keep_is_refused(make: Start) -> None:
+    """Before the first segment is made: what is not kept would be lost with the daemon, or held by nobody for ever."""
+    daemon = make(held=True, cpu_bytes="1GiB", nvme_bytes=0)
+    daemon.spawn()
+    assert daemon.process is not None and daemon.process.wait(20) == USAGE
+    assert "are 8448 descriptors to keep, the manager keeps 4096: raise that (FileDescriptorStoreMax=" in daemon.log
+
+
+def test_what_the_service_manager_does_not_take_is_said_and_counted(start: Start) -> None:
+    """A manager that does not answer: the daemon serves, and its operator can see that a crash will cost more."""
+    daemon = start(environ={"NOTIFY_SOCKET": "/nobody/listens"}, nvme_bytes=0)
+    with daemon.peer() as wire:
+        assert wire.store(hashes_of(1, 5)) == 5
+        counted = daemon.metrics()
+        assert counted['tierd_descriptors_not_kept_total{kind="session"}'] == 1
+        assert counted['tierd_descriptors_not_kept_total{kind="segment"}'] >= 2
+    assert "the service manager does not keep a session" in daemon.log
+
+
+def test_a_moment_without_descriptors_is_over_when_it_is_over(daemon: Daemon) -> None:
+    """A client that cannot be given its segments is cut off each time, nothing leaks, and later it reads its blocks."""
+    hashes = hashes_of(1, 2 * SLOTS)
+    wire = daemon.peer()
+    with daemon.peer() as other, Wire(daemon.admin) as admin:
+        other.store(hashes)
+        admin.ask("sync", deadline_ms=10_000)
+        memory = memory_descriptors(daemon.pid)
+        open_now = sorted(int(path.name) for path in Path(f"/proc/{daemon.pid}/fd").iterdir())
+        before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        gap = next(at for at, number in enumerate([*open_now, -1]) if at != number)
+        beyond = next((number for number in open_now if number > gap), gap + 1)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (min(gap + 1, beyond), before[1]))
+        with pytest.raises((Busy, EOFError)):
+            wire.lookup(hashes)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
+        assert "segments cannot be given" in daemon.log
+        wire.close()
+        daemon.wait_until(lambda status: status["sessions"] == 1)
+        assert memory_descriptors(daemon.pid) == memory
+        wire = daemon.peer()
+        assert wire.load(hashes) == 2 * SLOTS
+        wire.end()
 
 
 def test_a_session_with_too_many_leases_is_busy(start: Start) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.daemon.conftest import Start
-from tests.daemon.harness import ROOT, SLOTS, Daemon, Wire, hashes_of, payload_of
+from tests.daemon.harness import LAYOUT, ROOT, SLOTS, Daemon, Wire, hashes_of, payload_of
+from tierd.client import Client
 from tierd.clock import monotonic_seconds, unix_milliseconds
 from tierd.errors import Gone
 from tierd.layout import Layout
@@ -100,6 +104,58 @@ def test_after_kill_9_under_the_holder_memory_is_warm(start: Start) -> None:
     slots = daemon.slots("cpu")
     assert (slots["ready"], slots["filling"], slots["retired"]) == (170, 0, 0)
     assert daemon.stop() == 0
+
+
+class Contained(Daemon):
+    """A held daemon in a PID namespace of its own, which its clients are not in."""
+
+    def command(self) -> list[str]:
+        return ["unshare", "--pid", "--fork", "--mount-proc", *super().command()]
+
+
+def child_of(pid: int) -> int:
+    """The only child of a process."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False).returncode != 0,
+    reason="no PID namespace can be made here",
+)
+def test_an_engine_outside_the_daemons_container_keeps_what_it_writes(make: Start) -> None:
+    """The daemon cannot number it (its pid there is 0), knows by its pidfd that it lives, and lets it resume."""
+    plain = make(held=True, nvme_bytes=0)
+    daemon = Contained(plain.folder, plain.flags, held=True).start()
+    assert daemon.process is not None
+    holder = child_of(daemon.pid)
+    try:
+        engine = daemon.peer()
+        engine.store(hashes_of(1, 50))
+        _, writing = engine.place(hashes_of(2, 20))
+        (space,) = daemon.status()["namespaces"]
+        assert space["sessions"] == [{"client": "test", "pid": 0}]
+        engine, _ = engine.resume(engine.held(writing.tolist(), 2))
+        life = daemon.status()["pid"]
+        os.kill(child_of(holder), signal.SIGKILL)
+        daemon.wait_ready(not_pid=life)
+        with daemon.peer(client="other") as other:
+            given = other.place(hashes_of(3, 4 * SLOTS))[1]
+            assert not set(given[given >= 0].tolist()) & set(writing.tolist())
+            assert engine.resume(engine.held(writing.tolist(), 2))[1]
+    finally:
+        os.kill(holder, signal.SIGTERM)
+        assert daemon.process.wait(20) == 0
+
+
+def test_a_client_that_is_closed_after_a_restart_leaves_no_session(start: Start) -> None:
+    """It has not met the new daemon yet when it is closed, and its process goes on: its bit is free all the same."""
+    daemon = start(held=True, nvme_bytes=0)
+    client = Client(daemon.socket, model="closed", layout=LAYOUT)
+    pool = np.zeros((8, LAYOUT.block_bytes), np.uint8)
+    assert client.store(hashes_of(1, 8), pool, range(8)).stored == 8
+    daemon.kill()
+    client.close()
+    daemon.wait_until(lambda status: status["sessions"] == 0)
 
 
 def test_many_lives_under_the_holder_lose_no_slot(start: Start) -> None:

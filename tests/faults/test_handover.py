@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,10 +71,27 @@ def test_half_a_segment_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) ->
     removed: list[str] = []
     monkeypatch.setattr("tierd.systemd.remove", removed.append)
     half = os.memfd_create("half")
-    adopt([], {"segment-00-slots": [half]}, lambda namespace: pytest.fail("nothing can be adopted"), 0)
-    assert removed == ["segment-00-slots"]
+    adopt([], {"cpu.0.half.s": [half]}, lambda namespace: pytest.fail("nothing can be adopted"), 0)
+    assert removed == ["cpu.0.half.s"]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(half)
+
+
+def test_a_stopped_engine_does_not_cost_its_namespace_all_blocks(short_path: Path) -> None:
+    """Another namespace waits in vain for memory that only stopped processes map: two segments of six go, whatever it asks."""
+    with House(short_path, cpu__bytes="24MiB", nvme__bytes="0") as house, Puppet(house.socket, model="stopped") as puppet:
+        puppet.do("work", "mine", 7, 100, 0)
+        blocks = house.slots()["ready"]
+        os.kill(puppet.process.pid, signal.SIGSTOP)
+        other = RawClient(house.socket, model="other")
+        other.hello()
+        for _ in range(2):
+            with pytest.raises(Busy):
+                other.ask("store", hashes=chain("other", 8), deadline_ms=2500)
+        assert blocks > 600
+        assert blocks - house.slots()["ready"] <= 2 * 127
+        os.kill(puppet.process.pid, signal.SIGCONT)
+        until(lambda: can_store(other), "the memory of an engine that goes on does not change hands")
 
 
 def test_a_client_that_gives_nothing_back_does_not_keep_others_from_memory(short_path: Path) -> None:

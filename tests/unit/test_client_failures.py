@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import active_count
+from threading import enumerate as all_threads
 from typing import Any
 
 import numpy as np
@@ -58,6 +61,47 @@ def test_a_daemon_that_does_not_answer_costs_one_deadline_and_then_nothing(conne
             assert client.load(names(1), content(1), [0]) == 0
         assert monotonic_seconds() - started < 2
         assert client.statistics["failures"]["late"] >= 1
+
+
+def test_a_moment_without_descriptors_does_not_end_the_event_thread(tmp_path: Path, memory: Memory, connect: Connect) -> None:
+    """The daemon is away while the engine has no descriptor to spare; later an idle client is found again by itself."""
+    daemon = Daemon(tmp_path / "s", memory)
+    client = connect()
+    assert client.store(names(1), content(1), [0]).stored == 1
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    daemon.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        time.sleep(1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert any(thread.name == "tierd-events" for thread in all_threads())
+    daemon = Daemon(tmp_path / "s", memory)
+    assert until(lambda: memory.log.count("hello") + memory.log.count("resume") > 1)
+    client.close()
+    daemon.close()
+
+
+def test_a_daemon_that_stops_in_a_windowed_load_costs_one_deadline(daemon: Daemon, memory: Memory, connect: Connect) -> None:
+    """The window that was asked for ahead is waited for once, and not asked for again."""
+    client = connect(deadline_seconds=0.5)
+    client.store(names(6), content(6), range(6))
+    memory.told_max = memory.window = 2
+    windows: list[str] = []
+
+    def stop(request: Request) -> Any:
+        if request.verb != "load":
+            return None
+        windows.append(request.verb)
+        request.deadline_seconds = 20
+        return asyncio.Event().wait() if len(windows) > 1 else None
+
+    memory.before = stop
+    started = monotonic_seconds()
+    assert client.load(names(6), content(6), range(6)) < 6
+    assert monotonic_seconds() - started < 0.8
+    assert len(windows) == 2
+    assert client.statistics["failures"]["late"] == 1
 
 
 def test_a_late_lease_is_given_back(daemon: Daemon, memory: Memory, connect: Connect) -> None:

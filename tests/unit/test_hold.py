@@ -120,6 +120,20 @@ note(contents("a"))
     assert log[1] == "['0', '1', '2']" and "no room for 2 descriptors 'a': the limit is 3" in said
 
 
+def test_a_command_is_started_again_however_many_names_are_kept(tmp_path: Path) -> None:
+    """What it could not be told the names of is refused when it comes: kept, it would keep the command from starting."""
+    body = """
+if life == 0:
+    note("first")
+    for number in range(3000):
+        systemd.store(f"segment-{number:060}", [0])
+    die()
+note(len(kept))
+"""
+    code, log, said = hold(tmp_path, body)
+    assert code == 0 and 1500 < int(log[1]) < 3000 and "bytes of their names" in said
+
+
 @pytest.mark.parametrize(("body", "expected"), [("note(1)", 0), ("note(1); sys.exit(3)", 3)])
 def test_an_exit_before_it_was_ever_ready_is_final(tmp_path: Path, body: str, expected: int) -> None:
     """A command that does its job, or is configured wrongly, is not started again; its exit code is the holder's."""

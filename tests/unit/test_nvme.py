@@ -402,3 +402,14 @@ def test_a_segment_says_whether_its_payloads_bypass_the_page_cache(tmp_path: Pat
     except OSError:
         allowed = False
     assert create(tmp_path).direct is allowed
+
+
+def test_files_that_cannot_be_removed_are_counted_and_cost_no_descriptor(tmp_path: Path) -> None:
+    """The segment is closed all the same, and says that its bytes are still there."""
+    segment = create(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    segment.path.unlink()
+    segment.path.mkdir()
+    assert not segment.unlink()
+    assert segment.failures.total() == 1 and next(iter(segment.failures)).startswith("unlink: ")
+    assert len(os.listdir("/proc/self/fd")) < before

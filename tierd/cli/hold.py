@@ -48,10 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Store:
-    """Descriptors by name, at most `descriptors_max` of them; several under one name keep their order."""
+    """Descriptors by name, at most `descriptors_max` of them and as many as a command can be told the names of; several
+    under one name keep their order.
+    """
 
     def __init__(self, descriptors_max: int) -> None:
         self.descriptors_max = descriptors_max
+        self._names_bytes = 0
         self._by_name: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -69,12 +72,13 @@ class Store:
         known = {key for kept in self._by_name.get(name, ()) if (key := _file_key(kept))}
         for descriptor in descriptors:
             key = _file_key(descriptor)
-            full = len(self) >= self.descriptors_max
+            full = len(self) >= self.descriptors_max or self._names_bytes + len(name) >= systemd.NAMES_BYTES_MAX
             if full or key in known:
                 os.close(descriptor)
                 refused += full
                 continue
             self._by_name.setdefault(name, []).append(descriptor)
+            self._names_bytes += len(name) + 1
             known |= {key} if key else set()
         return refused
 
@@ -82,6 +86,7 @@ class Store:
         """Close all descriptors of that name."""
         for descriptor in self._by_name.pop(name, ()):
             os.close(descriptor)
+            self._names_bytes -= len(name) + 1
 
 
 class Holder:
@@ -193,7 +198,8 @@ class Holder:
         name = values.get("FDNAME") or "stored"
         if values.get("FDSTORE") == "1":
             if refused := self._store.add(name, descriptors):
-                _say(f"no room for {refused} descriptors {name!r}: the limit is {self._store.descriptors_max}")
+                most = f"{self._store.descriptors_max} descriptors, and {systemd.NAMES_BYTES_MAX} bytes of their names"
+                _say(f"no room for {refused} descriptors {name!r}: the limit is {most}")
         else:
             _close_all(descriptors)
         if values.get("FDSTOREREMOVE") == "1":

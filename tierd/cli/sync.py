@@ -34,7 +34,9 @@ def run(options: Namespace) -> int:
                 raise Busy(f"not everything was on NVMe after {options.timeout:g} s: {error}") from error
             time.sleep(PAUSE_SECONDS)
         else:
-            print(f"synced: {reply.get('blocks', 0)} blocks written meanwhile")
+            given_up = reply.get("given_up", 0)
+            note = f", {given_up} given up: no room, or the disk failed" if given_up else ""
+            print(f"synced: {reply.get('blocks', 0)} blocks written meanwhile{note}")
             return 0
 
 

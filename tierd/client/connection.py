@@ -82,7 +82,10 @@ class Connection:
     @classmethod
     def open(cls, path: Path, on_push: OnPush, seconds: float) -> Connection:
         """Connect; raises Closed when nobody listens."""
-        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise Closed(f"no socket can be made: {error.strerror or error}") from error
         connected.settimeout(seconds)
         try:
             connected.connect(str(path))

@@ -27,12 +27,12 @@ class Events(Thread):
         self._channel: Connection | None = None
 
     def run(self) -> None:
-        """Keep session and channel alive until `stop`."""
+        """Keep session and channel alive until `stop`, whatever is lacking for a while: descriptors, memory, the daemon."""
         while not self._stopping.is_set():
-            with suppress(TierdError):
+            with suppress(TierdError, OSError):
                 self._session.connection()
                 self._serve()
-            with suppress(TierdError):
+            with suppress(TierdError, OSError):
                 self._session.look()
             self._stopping.wait(max(PAUSE_SECONDS, self._session.pause_seconds_left()))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tierd.client.connection import Connection, Ticket
+from tierd.client.connection import Connection, NoAnswer, Ticket
 from tierd.client.context import Context
 from tierd.client.transfer import Pages, Pool, as_pages, as_rows
 from tierd.errors import Busy, Closed, Invalid
@@ -119,8 +118,12 @@ class Lookup:
                 slots = NO_SLOTS
                 if ahead is not None:
                     asked, ahead = ahead, None
-                    with suppress(Busy):  # while we held the last window; then it is asked again without that
+                    try:
                         slots = self._loaded(asked, first, end)
+                    except NoAnswer:
+                        raise
+                    except Busy:  # while we held the last window: it is asked again without that
+                        pass
         finally:
             if ahead is not None and self._connection is not None:
                 self._connection.abandon(ahead)

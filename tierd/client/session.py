@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -173,7 +174,25 @@ class Session:
         if self._events is not None:
             self._events.stop()
         if self._connection is not None:
-            if ended and self._connection.alive:
-                with suppress(TierdError):  # then it learns from the connection's end, and at last from this process's
-                    self._connection.request("bye", {}, self.deadline_seconds)
+            if ended:
+                with suppress(TierdError):  # then it learns at last from this process's end
+                    self._say_bye(self._connection)
             self._connection.close()
+
+    def _say_bye(self, connection: Connection) -> None:
+        """End the session, on a connection of its own where the old one is lost: the daemon keeps its bit till then."""
+        if connection.alive:
+            connection.request("bye", {}, self.deadline_seconds)
+            return
+        connection = Connection.open(self.path, _refuse_push, self.deadline_seconds)
+        try:
+            self._resume(connection, held=b"")
+            connection.request("bye", {}, self.deadline_seconds)
+        finally:
+            connection.close()
+
+
+def _refuse_push(_: Connection, __: dict[str, Any], descriptors: deque[int]) -> None:
+    """Take nothing of what a session is given that is about to end."""
+    while descriptors:
+        os.close(descriptors.popleft())

@@ -383,7 +383,7 @@ class Cache:
         if source == self.ladder.closed and not good.all():
             self._promotion.distrust(transfer, ~good)
         if transfer.reason == WRITE_BACK:
-            self.write_back.push(target, transfer.parents[:HASH_BYTES], transfer.hashes)
+            self.write_back.push(target, transfer.parents[:HASH_BYTES], transfer.hashes, transfer.number)
         self._transfers.end(transfer)
 
     def vacate(self, tier: int, ordinal: int) -> None:

@@ -82,6 +82,8 @@ class Transfer:
     """Who waits for the blocks: which block of the lease each one is, or -1."""
     behind: int = 0
     """The transfer that writes the parent of the first block, and has to be entered before; 0: the parent is there."""
+    number: int = 0
+    """Of a write-back: the lowest number of the runs whose blocks it carries (see `WriteBack.mark`)."""
     held_up: list[tuple[Transfer, NDArray[np.uint8]]] = field(default_factory=list)
     """Transfers behind this one that ended before it did, with their outcomes."""
 

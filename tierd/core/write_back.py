@@ -13,6 +13,7 @@ blocks at its end may drive those at its head out again.
 from __future__ import annotations
 
 from collections import Counter, deque
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,34 +33,42 @@ RUN_BYTES_MAX = 1024 * HASH_BYTES
 """A run that long is not joined with more: it is matched again for each part of it that is planned."""
 
 
+class Run(NamedTuple):
+    """Blocks that follow each other behind `parent`, as packed hashes; `number` grows with each `WriteBack.mark`."""
+
+    number: int
+    parent: bytes
+    hashes: bytes
+
+
 class Queue:
-    """Runs (parent, packed hashes) that are to come to one tier, and the number of their blocks."""
+    """Runs that are to come to one tier, and the number of their blocks."""
 
     def __init__(self) -> None:
-        self.runs: deque[tuple[bytes, bytes]] = deque()
+        self.runs: deque[Run] = deque()
         self.blocks = 0
 
     def __len__(self) -> int:
         return len(self.runs)
 
-    def append(self, parent: bytes, hashes: bytes) -> None:
-        """Queue a run behind the others, joined to the last one if it goes on there."""
-        self.blocks += len(hashes) // HASH_BYTES
-        if self.runs and self.runs[-1][1].endswith(parent) and len(self.runs[-1][1]) < RUN_BYTES_MAX:
-            parent, head = self.runs.pop()
-            hashes = head + hashes
-        self.runs.append((parent, hashes))
+    def append(self, run: Run) -> None:
+        """Queue a run behind the others, joined to the last one of its number if it goes on there."""
+        self.blocks += len(run.hashes) // HASH_BYTES
+        last = self.runs[-1] if self.runs else None
+        if last and last.number == run.number and last.hashes.endswith(run.parent) and len(last.hashes) < RUN_BYTES_MAX:
+            run = self.runs.pop()._replace(hashes=last.hashes + run.hashes)
+        self.runs.append(run)
 
-    def put_back(self, parent: bytes, hashes: bytes) -> None:
+    def put_back(self, run: Run) -> None:
         """A run whose turn is not over yet."""
-        self.runs.appendleft((parent, hashes))
-        self.blocks += len(hashes) // HASH_BYTES
+        self.runs.appendleft(run)
+        self.blocks += len(run.hashes) // HASH_BYTES
 
-    def pop(self) -> tuple[bytes, bytes]:
+    def pop(self) -> Run:
         """Take the oldest run out."""
-        parent, hashes = self.runs.popleft()
-        self.blocks -= len(hashes) // HASH_BYTES
-        return parent, hashes
+        run = self.runs.popleft()
+        self.blocks -= len(run.hashes) // HASH_BYTES
+        return run
 
 
 class WriteBack:
@@ -79,17 +88,30 @@ class WriteBack:
         lowest = len(ladder) if closes else ladder.closed
         self.queues = {target: Queue() for target in range(1, lowest)}
         """By target."""
+        self._number = 0
 
-    def push(self, tier: int, parent: bytes, hashes: bytes) -> None:
-        """Queue a run that is in `tier` now; the oldest ones go when the queue is full, and are counted."""
+    def mark(self) -> int:
+        """Number what is pushed from now on higher than all before; returns the highest number so far, for `left`."""
+        self._number += 1
+        return self._number - 1
+
+    def left(self, number: int) -> int:
+        """How many runs up to a number are queued or on their way, counting each transfer as one."""
+        flying = [transfer.number for transfer in self._transfers.running.values() if transfer.reason == WRITE_BACK]
+        queued = [run.number for queue in self.queues.values() for run in queue.runs]
+        return sum(at <= number for at in flying + queued)
+
+    def push(self, tier: int, parent: bytes, hashes: bytes, number: int | None = None) -> None:
+        """Queue a run that is in `tier` now, under a number that it has already or the present one; the oldest runs go when
+        the queue is full, and their blocks are counted.
+        """
         queue = self.queues.get(tier + 1)
         if queue is None:
             return
-        queue.append(parent, hashes)
+        queue.append(Run(self._number if number is None else number, parent, hashes))
         above = sum(pool.slots for pool in self._pools[: tier + 1])
         while queue.blocks > TURNS * above and len(queue) > 1:
-            queue.pop()
-            self._counters["write_back_dropped",] += 1
+            self._counters["write_back_dropped",] += len(queue.pop().hashes) // HASH_BYTES
 
     def push_all(self) -> None:
         """Queue all that is not below, coldest first (after recovery)."""
@@ -106,10 +128,10 @@ class WriteBack:
         """
         queue = self.queues[target]
         while queue and target in self._ladder.mapped and not self._pools[target].slots:
-            self.push(target, *queue.pop())
+            run = queue.pop()
+            self.push(target, run.parent, run.hashes, run.number)
         while queue and self._pools[target].slots:
-            parent, hashes = queue.pop()
-            if self._plan(target, parent, hashes, blocks_max):
+            if self._plan(target, queue.pop(), blocks_max):
                 return True
         return False
 
@@ -130,19 +152,23 @@ class WriteBack:
                 rows = np.where(part, target[at : at + len(here)], here)
                 self._index.assign(tier, Piece(node, start, len(here)), rows)
             at += len(here)
+        self._counters["written",] += int(entered.sum())
         pool.enter(target[entered])
         pool.touched(target[entered], now)
         pool.give(target[~entered])
 
-    def _plan(self, target: int, parent: bytes, hashes: bytes, blocks_max: int) -> bool:
+    def _plan(self, target: int, run: Run, blocks_max: int) -> bool:
         """Plan the first part of a run that is neither below nor on its way there; the rest goes back to the queue."""
-        pieces = self._index.match(hashes, parent)
+        pieces = self._index.match(run.hashes, run.parent)
         if not pieces:
             return False
         is_closed = target == self._ladder.closed
         path = self._unsettled(pieces[-1].node, target) if is_closed else [piece.node for piece in pieces]
         copies = np.concatenate([node.slots for node in path], axis=1)[:, : sum(map(len, path[:-1])) + pieces[-1].end]
         above, writers = copies[:target], self._transfers.arriving(target, copies)
+        for flying in np.unique(writers[writers > 0]).tolist():
+            carrier = self._transfers.running[flying]
+            carrier.number = min(carrier.number, run.number)
         todo = ~any_of(copies[target:]) & (writers == 0)
         wanted = todo & any_of(above)
         start = 0
@@ -164,22 +190,23 @@ class WriteBack:
         targets = self._room.take(target, count, behind=path[-1])
         if not len(targets):
             self._counters["write_back_short",] += count
-            self.push(target, parent, hashes)
+            self.push(target, run.parent, run.hashes, run.number)
             return False
         end = first + len(targets)
         assert path[0].parent is not None
         chain = path[0].parent.last_hash + b"".join([node.hashes for node in path])
         if wanted[end:].any():
+            rest = run
             if not is_closed:
-                parent, hashes = chain[end * HASH_BYTES : (end + 1) * HASH_BYTES], hashes[(end - start) * HASH_BYTES :]
-            self.queues[target].put_back(parent, hashes)
-        run, parents = (
-            chain[(first + 1) * HASH_BYTES : (end + 1) * HASH_BYTES],
-            chain[first * HASH_BYTES : end * HASH_BYTES],
-        )
+                parent, hashes = chain[end * HASH_BYTES : (end + 1) * HASH_BYTES], run.hashes[(end - start) * HASH_BYTES :]
+                rest = Run(run.number, parent, hashes)
+            self.queues[target].put_back(rest)
+        hashes = chain[(first + 1) * HASH_BYTES : (end + 1) * HASH_BYTES]
+        parents = chain[first * HASH_BYTES : end * HASH_BYTES]
         if not is_closed:  # whoever writes the prefix-closed tier keeps its directory
-            self._pools[target].begin(targets, run, parents)
-        transfer = self._transfers.plan(WRITE_BACK, source, target, above[source, first:end], targets, run, parents)
+            self._pools[target].begin(targets, hashes, parents)
+        transfer = self._transfers.plan(WRITE_BACK, source, target, above[source, first:end], targets, hashes, parents)
+        transfer.number = run.number
         transfer.behind = int(writers[first - 1]) if is_closed and first and copies[target, first - 1] < 0 else 0
         return True
 

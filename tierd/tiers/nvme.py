@@ -42,7 +42,7 @@ READ_OK, READ_FAILED, READ_DAMAGED = 0, 1, 2
 
 
 def digest(payload: Buffer) -> int:
-    """The digest that travels with a block: xxh3-64 of its payload. Releases the GIL."""
+    """What a block is verified by when it comes back: xxh3-64 of its payload. Releases the GIL."""
     return xxhash.xxh3_64_intdigest(payload)
 
 
@@ -237,11 +237,16 @@ class FileSegment:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def unlink(self) -> None:
-        """Close and remove the files: the blocks are gone, their bytes the file system's."""
-        self.path.unlink(missing_ok=True)
-        slots_path(self.path).unlink(missing_ok=True)
-        self.close()
+    def unlink(self) -> bool:
+        """Close and remove the files; False where they cannot be removed, and keep their bytes."""
+        try:
+            self.path.unlink(missing_ok=True)
+            slots_path(self.path).unlink(missing_ok=True)
+        except OSError as error:
+            return self._noted("unlink", error)
+        finally:
+            self.close()
+        return True
 
     def _payload(self, buffer: Buffer) -> memoryview:
         return memoryview(buffer)[: self.header.geometry.payload_bytes]

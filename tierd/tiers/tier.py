@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 from tierd import systemd
 from tierd.layout import Namespace
+from tierd.log import get_logger
 from tierd.tiers.host import HostSegment
 from tierd.tiers.io import IoEngine
 from tierd.tiers.nvme import FileSegment
 from tierd.tiers.segment import Geometry, Medium
 from tierd.tiers.state import StateDirectory
 
+log = get_logger("tier")
 EPOCH = 1
 """Of every namespace: nothing purges yet."""
 
@@ -57,8 +59,8 @@ class Tier(Protocol):
         Where a segment outlives this process, so does the `ordinal` that it has among those of its namespace.
         """
 
-    def discard(self, segment: Any) -> None:
-        """Give a segment's bytes back to the medium."""
+    def discard(self, segment: Any) -> bool:
+        """Give a segment up; returns whether the medium has its bytes again."""
 
 
 class MemoryTier:
@@ -73,6 +75,8 @@ class MemoryTier:
         self.budget = Budget(bytes_max)
         self._segment_bytes = segment_bytes
         self._huge_pages = huge_pages
+        self.not_kept = 0
+        """Descriptors that the service manager did not take: they end with this process."""
 
     def geometry(self, namespace: Namespace) -> Geometry:
         """See Tier."""
@@ -81,16 +85,19 @@ class MemoryTier:
     def create(self, namespace: Namespace, ordinal: int) -> HostSegment:
         """See Tier."""
         segment = HostSegment.create(namespace, self._segment_bytes, EPOCH, self._huge_pages)
-        segment.kept_as = f"segment-{self.name}-{ordinal}-{segment.segment_id.hex()}"
+        segment.kept_as = f"{self.name}.{ordinal}.{systemd.short(segment.segment_id[:6])}"
         for name, descriptor in stored_names(segment).items():
-            systemd.store(name, [descriptor])
+            if systemd.can_store() and not systemd.store(name, [descriptor]):
+                self.not_kept += 1
+                log.warning("the service manager does not keep a segment", name=name)
         return segment
 
-    def discard(self, segment: HostSegment) -> None:
+    def discard(self, segment: HostSegment) -> bool:
         """See Tier."""
         for name in stored_names(segment):
             systemd.remove(name)
         segment.close()
+        return True
 
 
 class NvmeTier:
@@ -113,12 +120,11 @@ class NvmeTier:
         """See Tier."""
         return FileSegment.create(self.state.folder(namespace), namespace, self._segment_bytes, EPOCH, self.io)
 
-    def discard(self, segment: FileSegment) -> None:
+    def discard(self, segment: FileSegment) -> bool:
         """See Tier."""
-        segment.unlink()
+        return segment.unlink()
 
 
 def stored_names(segment: HostSegment) -> dict[str, int]:
-    """Under which names a segment's two descriptors are kept by the service manager."""
-    name = segment.kept_as
-    return {f"{name}-directory": segment.directory_fd, f"{name}-slots": segment.slots_fd}
+    """Under which names a segment's two descriptors are kept by the service manager: for directory and slots."""
+    return {f"{segment.kept_as}.d": segment.directory_fd, f"{segment.kept_as}.s": segment.slots_fd}

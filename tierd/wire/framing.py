@@ -99,3 +99,13 @@ class FrameReader:
             self._memory = memoryview(bytearray(2 * len(self._memory)))
         self._memory[: len(waiting)] = waiting
         self._start, self._end = 0, len(waiting)
+
+
+def after(parts: list[memoryview], sent: int) -> list[memoryview]:
+    """What is left of `parts` behind the first `sent` bytes."""
+    left = []
+    for part in parts:
+        if sent < len(part):
+            left.append(part[sent:])
+        sent = max(0, sent - len(part))
+    return left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -70,6 +71,13 @@ def has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def pid_of(pidfd: int) -> int:
+    """The number of a pidfd's process, for people; 0 when it is gone, or lives outside this PID namespace."""
+    with suppress(OSError), open(f"/proc/self/fdinfo/{pidfd}") as lines:
+        return next((max(0, int(line.split()[1])) for line in lines if line.startswith("Pid:")), 0)
+    return 0
 
 
 def start_and_uid(pid: int) -> tuple[int, int]:
