@@ -20,22 +20,26 @@ from numpy.typing import NDArray
 from tierd.block import HASH_BYTES
 
 Slots = NDArray[np.int32]
+Rows = NDArray[np.int64]
+"""Indexes of slots in their segment."""
+Group = tuple[int, Rows, NDArray[np.intp] | slice]
+"""Slots of one segment: its ordinal, their rows, and where they stand among the slots asked for."""
 
 ABSENT, FREE, FILLING, READY, RETIRED, QUARANTINED = range(6)
 STATES = ("absent", "free", "filling", "ready", "retired", "quarantined")
 
 
 class Directory(Protocol):
-    """What the core needs of a segment's directory; slots are indexes in the segment (int32[n])."""
+    """What the core needs of a segment's directory; slots are indexes in the segment (int64[n])."""
 
     holders: NDArray[np.uint64]
     """One bit per attached session, by slot (memory only)."""
 
-    def begin(self, slots: Slots, hashes: bytes, parents: bytes) -> object: ...
-    def ready(self, slots: Slots) -> None: ...
-    def free(self, slots: Slots) -> None: ...
-    def touch(self, slots: Slots, last_use: NDArray[np.uint64] | int, use_counts: NDArray[np.uint32] | int) -> None: ...
-    def hashes(self, slots: Slots) -> bytes: ...
+    def begin(self, slots: Rows, hashes: bytes, parents: bytes) -> object: ...
+    def ready(self, slots: Rows) -> None: ...
+    def free(self, slots: Rows) -> None: ...
+    def touch(self, slots: Rows, last_use: NDArray[np.uint64] | int, use_counts: NDArray[np.uint32] | int) -> None: ...
+    def hashes(self, slots: Rows) -> bytes: ...
 
 
 class Pool:
@@ -52,6 +56,7 @@ class Pool:
         """Latest use of anything in a segment, by ordinal."""
         self._stack: Slots = np.zeros(0, np.int32)
         self._free = 0
+        self._grouped: tuple[bytes, list[Group]] = b"", []
 
     @property
     def free(self) -> int:
@@ -200,7 +205,7 @@ class Pool:
 
     def touched(self, slots: Slots, now: int) -> None:
         """Note the use of slots for the choice of a segment to give up."""
-        for ordinal in np.flatnonzero(np.bincount(slots // self.slots_per_segment)).tolist():
+        for ordinal, _, _ in self.by_segment(slots):
             self.last_use[ordinal] = max(now, self.last_use[ordinal])
 
     def counts(self) -> dict[str, int]:
@@ -208,8 +213,14 @@ class Pool:
         found = np.bincount(self.state, minlength=len(STATES)).tolist()
         return dict(zip(STATES[1:], found[1:], strict=True))
 
-    def by_segment(self, slots: Slots) -> Iterator[tuple[int, Slots, NDArray[np.intp] | slice]]:
-        """Group slot numbers, once per segment: (ordinal, indexes in the segment, where they stand in `slots`)."""
+    def by_segment(self, slots: Slots) -> list[Group]:
+        """Group slot numbers, once per segment. The last answer is kept: one request asks several times for its slots."""
+        key, grouped = slots.tobytes(), self._grouped
+        if grouped[0] != key:
+            grouped = self._grouped = key, list(self._group(slots))
+        return grouped[1]
+
+    def _group(self, slots: Slots) -> Iterator[Group]:
         if not len(slots):
             return
         ordinals = slots // self.slots_per_segment
@@ -221,7 +232,8 @@ class Pool:
             slots, ordinals = slots[order], ordinals[order]
             cuts = (ordinals[1:] != ordinals[:-1]).nonzero()[0]
         starts = [0, *(cuts + 1).tolist()]
-        local = slots - ordinals * np.int32(self.slots_per_segment)
+        local = slots.astype(np.int64) - ordinals * self.slots_per_segment
+        local.flags.writeable = False
         for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
             yield int(ordinals[start]), local[start:end], slice(start, end) if order is None else order[start:end]
 
@@ -247,7 +259,7 @@ class Pool:
                     yield ordinal, slice(start, start + last - first + 1)
                 return
         for ordinal, local, _ in self.by_segment(slots):
-            yield ordinal, local.astype(np.int64)
+            yield ordinal, local
 
     def _keep_free(self, kept: NDArray[np.bool_]) -> None:
         free = self._stack[: self._free][kept]
