@@ -31,8 +31,8 @@ from tierd.values import GIB, KIB, MIB
 BLOCK_BYTES = (360 * KIB, 2 * MIB)
 RATIO_MIN = 0.8
 ROUNDS = 15
-CACHES = 4
-"""The working set is at least this many last-level caches."""
+CACHES = 8
+"""Each pool is at least this many last-level caches: the chain of a prompt of 12,000 tokens in the smaller blocks."""
 CALL_BLOCKS = 32
 CHAINS_BETWEEN = 2
 """A chain is loaded when this many younger ones have been stored."""
