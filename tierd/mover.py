@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,9 @@ class Mover:
         self._free = threads
         self._queue: list[tuple[int, int, _Job, NDArray[np.intp]]] = []
         self._order = count()
-        self._tasks: set[asyncio.Future[None]] = set()
+        self._lock = Lock()
+        """Around the queue, which the threads take from."""
+        self._workers: set[asyncio.Future[None]] = set()
 
     @property
     def queued(self) -> int:
@@ -63,41 +66,52 @@ class Mover:
         cuts = 1 if transfer.reason == WRITE_BACK else min(self.threads, len(transfer))
         parts = np.array_split(np.arange(len(transfer)), cuts)
         job.parts = len(parts)
-        for part in parts:
-            heapq.heappush(self._queue, (REASONS.index(transfer.reason), next(self._order), job, part))
+        with self._lock:
+            for part in parts:
+                heapq.heappush(self._queue, (REASONS.index(transfer.reason), next(self._order), job, part))
         self._start()
 
     async def close(self) -> None:
         """Wait for what is under way: a started part cannot be stopped. What is queued is forgotten, as by a crash."""
-        self._queue.clear()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        with self._lock:
+            self._queue.clear()
+        while self._workers:
+            await asyncio.wait(self._workers)
         self._pool.shutdown()
 
     def _start(self) -> None:
+        """Set free threads to work."""
         loop = asyncio.get_running_loop()
-        while self._free and self._queue:
-            _, _, job, part = heapq.heappop(self._queue)
+        for _ in range(min(self._free, len(self._queue))):
             self._free -= 1
-            task = loop.run_in_executor(self._pool, job.run, part)
-            wrapped = asyncio.ensure_future(self._attend(job, part, task))
-            self._tasks.add(wrapped)
-            wrapped.add_done_callback(self._tasks.discard)
+            worker = asyncio.ensure_future(self._attend(loop.run_in_executor(self._pool, self._work, loop)))
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
 
-    async def _attend(self, job: _Job, part: NDArray[np.intp], task: asyncio.Future[NDArray[np.uint8]]) -> None:
-        started = clock.monotonic_seconds()
-        try:
-            outcome = await task
-        except Exception:
-            log.exception("transfer failed", transfer=job.transfer.id, reason=job.transfer.reason)
-            outcome = np.full(len(part), IO_ERROR, np.uint8)
+    async def _attend(self, work: asyncio.Future[None]) -> None:
+        await work
         self._free += 1
-        self.seconds[job.transfer.reason] += clock.monotonic_seconds() - started
-        self._end(job, part, outcome)
-        self._start()
+        self._start()  # for what was queued while it ended
 
-    def _end(self, job: _Job, part: NDArray[np.intp], outcome: NDArray[np.uint8]) -> None:
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Move parts as long as there are any, the most urgent first; in a worker thread, which waits for nobody."""
+        while (queued := self._next()) is not None:
+            job, part = queued
+            started = clock.monotonic_seconds()
+            try:
+                outcome = job.run(part)
+            except Exception:
+                log.exception("transfer failed", transfer=job.transfer.id, reason=job.transfer.reason)
+                outcome = np.full(len(part), IO_ERROR, np.uint8)
+            loop.call_soon_threadsafe(self._end, job, part, outcome, clock.monotonic_seconds() - started)
+
+    def _next(self) -> tuple[_Job, NDArray[np.intp]] | None:
+        with self._lock:
+            return heapq.heappop(self._queue)[2:] if self._queue else None
+
+    def _end(self, job: _Job, part: NDArray[np.intp], outcome: NDArray[np.uint8], seconds: float) -> None:
         transfer = job.transfer
+        self.seconds[transfer.reason] += seconds
         job.outcome[part] = outcome
         job.parts -= 1
         moved = int((outcome == OK).sum()) * job.space.namespace.layout.block_bytes

@@ -29,6 +29,8 @@ from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
 log = get_logger("space")
 Slots = NDArray[np.int32]
 BITS = 64
+TRANSFER_BYTES, TRANSFER_BLOCKS_MAX = 32 << 20, 64
+"""Size of one promotion: enough for all io threads, and the client copies it while the next one comes."""
 
 
 class Arena:
@@ -96,7 +98,8 @@ class Space:
         self.arenas = [Arena(tier, namespace) for tier in tiers]
         pools = {arena.tier.name: arena.pool for arena in self.arenas}
         seed = int.from_bytes(os.urandom(8), "little")
-        self.cache = Cache(pools, window_share=window_share, write_back=write_back, seed=seed)
+        blocks = max(1, min(TRANSFER_BLOCKS_MAX, TRANSFER_BYTES // namespace.layout.block_bytes))
+        self.cache = Cache(pools, window_share=window_share, transfer_blocks=blocks, write_back=write_back, seed=seed)
         self.sessions: dict[int, Attached] = {}
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""

@@ -68,7 +68,13 @@ class Cache:
     """
 
     def __init__(
-        self, pools: Mapping[str, Pool], *, window_share: float = 0.25, write_back: bool = True, seed: int = 0
+        self,
+        pools: Mapping[str, Pool],
+        *,
+        window_share: float = 0.25,
+        transfer_blocks: int = 64,
+        write_back: bool = True,
+        seed: int = 0,
     ) -> None:
         self.ladder = ladder = Ladder(pools)
         self.pools = ladder.pools
@@ -77,7 +83,7 @@ class Cache:
         self.counters: Counter[tuple[str, ...]] = Counter()
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder)
-        self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share)
+        self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)
         self.write_back = WriteBack(self.index, ladder, self._room, self._transfers, self.counters, write_back)
         self.pages = Pages(self.index, self._room, self.write_back, self.counters)
         self._pending: dict[bytes, Lease] = {}

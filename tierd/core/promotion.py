@@ -1,7 +1,7 @@
 """Promotion: copying to a session's tier what its leases wait for, window by window, so that a prefix may be longer than
 the tier.
 
-A window is bounded by a share of the tier, and moved in transfers of `TRANSFER_BLOCKS_MAX` blocks, head first, so that
+A window is bounded by a share of the tier, and moved in transfers of `transfer_blocks` blocks, head first, so that
 the first blocks can be loaded while the others are on their way. Each block is read from the closest copy that there
 is; one that is on its way already is waited for, not moved again.
 """
@@ -19,18 +19,21 @@ from tierd.core.pool import FILLING
 from tierd.core.room import Room
 from tierd.core.transfers import Transfers
 
-TRANSFER_BLOCKS_MAX = 64
 WINDOW_BLOCKS_MAX = 1024
 """What keeps every medium busy until the next load; planning more at once would keep everybody else waiting."""
 
 
 class Promotion:
-    """Moves blocks into mapped tiers; `window_share` bounds a window to a share of the tier."""
+    """Moves blocks into mapped tiers; `window_share` bounds a window to a share of the tier, `transfer_blocks` what
+    has come before anybody is told.
+    """
 
-    def __init__(self, index: Index, ladder: Ladder, room: Room, transfers: Transfers, window_share: float) -> None:
+    def __init__(
+        self, index: Index, ladder: Ladder, room: Room, transfers: Transfers, window_share: float, transfer_blocks: int
+    ) -> None:
         self._index, self._ladder, self._pools = index, ladder, ladder.pools
         self._room, self._transfers = room, transfers
-        self._window_share = window_share
+        self._window_share, self._transfer_blocks = window_share, transfer_blocks
 
     def window(self, tier: int) -> int:
         """Blocks that one lease may have on their way to a tier."""
@@ -126,8 +129,8 @@ class Promotion:
         cuts = np.flatnonzero(np.diff(sources)) + 1
         for run_first, run_end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(blocks)], strict=True):
             source = int(sources[run_first])
-            for at in range(run_first, run_end, TRANSFER_BLOCKS_MAX):
-                end = min(at + TRANSFER_BLOCKS_MAX, run_end)
+            for at in range(run_first, run_end, self._transfer_blocks):
+                end = min(at + self._transfer_blocks, run_end)
                 run, slots = slice(at * HASH_BYTES, end * HASH_BYTES), copies[source, blocks[at:end]]
                 transfer = self._transfers.plan(reason, source, tier, slots, targets[at:end], hashes[run], parents[run])
                 if lease.id:
