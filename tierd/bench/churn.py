@@ -60,8 +60,7 @@ class Tree:
         node = pieces[-1].node if pieces else self.index.root
         known = sum(piece.blocks for piece in pieces)
         new = len(hashes) // HASH_BYTES - known
-        below = [piece.node.slots[NVME, piece.start : piece.end] for piece in pieces]
-        if below and np.concatenate(below).min() < 0:
+        if pieces and node.slots[NVME, pieces[-1].end - 1] < 0:  # nvme is prefix-closed: a hole reaches to the end
             for piece in pieces:
                 self._repair(piece)
         rows = np.full((len(self.pools), new), -1, np.int32)

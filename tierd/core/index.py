@@ -218,9 +218,10 @@ class Index:
         self.table.reassign(smaller.cells, smaller.hashes, larger.id, smaller.id)
         if node in self.touched:
             self.touched[head] = None
-        self._enlist(head)
-        for order, row in zip(self.orders, node.slots, strict=True):
-            if node in order and row.max() < 0:
+        for order, before, behind in zip(self.orders, head.slots, node.slots, strict=True):
+            if before.max() >= 0:
+                order.add(head)  # hotter than its ancestors until the caller has touched them
+            if node in order and behind.max() < 0:
                 order.remove(node)
         return head
 
@@ -314,8 +315,8 @@ class Index:
         """Remove what lives nowhere from the tails of these nodes, and of ancestors that become childless."""
         for node in nodes:
             while node.parent is not None and not node.children and self._nodes[node.id] is node:
-                used = np.flatnonzero((node.slots >= 0).any(0))
-                keep = int(used[-1]) + 1 if len(used) else 0
+                highest = node.slots.max(0)
+                keep = 0 if highest[-1] < 0 and highest.max() < 0 else int((highest >= 0).nonzero()[0][-1]) + 1
                 if keep == len(node):
                     break
                 self.table.drop(node.cells[keep:], node.hashes[keep * HASH_BYTES :], node.id)
@@ -412,7 +413,7 @@ class Index:
         for order, row in zip(self.orders, node.slots, strict=True):
             if node not in order and row.max() >= 0:
                 order.add(node)
-                order.touch(self.path(node))
+                order.touch(list(self.path(node)))
 
     def _forget(self, node: Node) -> None:
         for order in self.orders:

@@ -93,8 +93,9 @@ class Pool:
         count = min(count, self._free)
         self._free -= count
         taken = self._stack[self._free : self._free + count][::-1].copy()
-        self.state[taken] = FILLING
-        self.users[taken] = 1
+        rows = rows_of(taken)
+        self.state[rows] = FILLING
+        self.users[rows] = 1
         return taken
 
     def claim(self, slots: Slots, state: int) -> None:
@@ -114,9 +115,10 @@ class Pool:
         """Filled slots are in the index now (and ready on a medium that whoever wrote it published); the filler's use
         ends.
         """
-        assert (self.state[slots] == FILLING).all(), "only a filling slot can become ready"
-        self.state[slots] = READY
-        self.users[slots] -= 1
+        rows = rows_of(slots)
+        assert (self.state[rows] == FILLING).all(), "only a filling slot can become ready"
+        self.state[rows] = READY
+        self.users[rows] -= 1
 
     def ready(self, slots: Slots) -> None:
         """Publish filled slots, in the directory too; the filler's use ends."""
@@ -267,7 +269,7 @@ class Pool:
         self._stack[: self._free] = free
 
     def _release(self, slots: Slots) -> None:
-        self.state[slots] = FREE
+        self.state[rows_of(slots)] = FREE
         for ordinal, local, _ in self.by_segment(slots):
             self.segments[ordinal].free(local)
         if self.closing:

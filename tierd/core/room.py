@@ -78,7 +78,7 @@ class Room:
                 trimmed.append(node)
             clean += kept
             taken += len(offsets)
-            if row.max() < 0:
+            if len(offsets) == len(row) or row.max() < 0:
                 emptied.append(node)
             if taken >= count:
                 break

@@ -8,8 +8,8 @@ traffic, where an order that learns reuse intervals keeps far more.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -31,12 +31,14 @@ class Lru:
         """Enter a node as the most recently used."""
         self._order[node] = None
 
-    def touch(self, nodes: Iterable[Any]) -> None:
+    def touch(self, nodes: Sequence[Any]) -> None:
         """Make nodes the most recently used, the last one most; those that are not entered are left out."""
-        order, move_to_end = self._order, self._order.move_to_end
-        for node in nodes:
-            if node in order:
-                move_to_end(node)
+        try:
+            deque(map(self._order.move_to_end, nodes), maxlen=0)
+        except KeyError:  # in a tier that has them all, as nvme has, nobody needs to look
+            for node in nodes:
+                if node in self._order:
+                    self._order.move_to_end(node)
 
     def remove(self, node: Any) -> None:
         """Take a node out."""
