@@ -177,6 +177,26 @@ def test_a_failing_block_does_not_take_its_batch_along(tmp_path: Path) -> None:
     assert served(segment).keys() == expected == served(reopened(segment)).keys()
 
 
+def test_a_run_that_cannot_be_written_whole_loses_only_the_block_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours are one call; when it fails, or stops short, each block is tried alone."""
+    segment = create(tmp_path)
+    bad, real, calls = 2 * LAYOUT.slot_bytes, os.pwritev, []
+
+    def write(descriptor: int, buffers: list[object], offset: int) -> int:
+        calls.append(len(buffers))
+        if offset <= bad < offset + len(buffers) * LAYOUT.slot_bytes:
+            raise OSError(5, "Input/output error")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", write)
+    assert put(segment, [0, 1, 2, 3], [1, 2, 3, 4]) == [True, True, False, True]
+    assert calls == [4, 1, 1, 1, 1]
+    monkeypatch.undo()
+    assert served(segment) == dict.fromkeys(names(1, 2, 4), READ_OK)
+
+
 def test_a_failing_read_is_a_miss_and_not_damage(tmp_path: Path) -> None:
     """The block may be read another time."""
     segment = create(tmp_path, FaultyEngine(PosixEngine(), Faults(read_errors=0.5), seed=5))

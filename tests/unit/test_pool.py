@@ -114,3 +114,12 @@ def test_holder_bits_are_per_session() -> None:
     holders = np.concatenate([segment.directory.holders for segment in segments])
     assert set(np.flatnonzero(holders & np.uint64(1 << 3)).tolist()) == set(slots[90:].tolist())
     assert np.flatnonzero(holders >> np.uint64(63)).tolist() == list(range(200))
+
+
+def test_slots_of_other_widths_are_not_taken_for_one_another() -> None:
+    """The kept answer belongs to these slots, not to others of the same bytes."""
+    pool = Pool(4)
+    wide, narrow = np.array([5], np.int64), np.array([5, 0], np.int32)
+    assert wide.tobytes() == narrow.tobytes()
+    assert [(at, rows.tolist()) for at, rows, _ in pool.by_segment(wide)] == [(1, [1])]
+    assert [(at, rows.tolist()) for at, rows, _ in pool.by_segment(narrow)] == [(1, [1]), (0, [0])]

@@ -56,7 +56,7 @@ class Pool:
         """Latest use of anything in a segment, by ordinal."""
         self._stack: Slots = np.zeros(0, np.int32)
         self._free = 0
-        self._grouped: tuple[bytes, list[Group]] = b"", []
+        self._grouped: tuple[tuple[int, bytes], list[Group]] = (0, b""), []
 
     @property
     def free(self) -> int:
@@ -217,7 +217,7 @@ class Pool:
 
     def by_segment(self, slots: Slots) -> list[Group]:
         """Group slot numbers, once per segment. The last answer is kept: one request asks several times for its slots."""
-        key, grouped = slots.tobytes(), self._grouped
+        key, grouped = (len(slots), slots.tobytes()), self._grouped
         if grouped[0] != key:
             grouped = self._grouped = key, list(self._group(slots))
         return grouped[1]
