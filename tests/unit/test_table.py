@@ -55,8 +55,8 @@ def test_the_table_is_a_multiset(fragments: int) -> None:
         if dice.random() < 0.5 or not owned:
             owned.append(Owned(table, dice.randint(1, 6), [dice.randrange(fragments) for _ in range(dice.randint(0, 40))]))
         elif dice.random() < 0.6:
-            one = dice.choice(owned)
-            table.drop(*one.part(int(start * len(one.keys))), one.owner)
+            some = [dice.choice(owned) for _ in range(2)]
+            table.drop([(*one.part(int(start * len(one.keys))), one.owner) for one in some])
         else:
             one = dice.choice(owned)
             at = int(start * len(one.keys))
@@ -81,7 +81,7 @@ def test_keys_without_a_cell_are_still_found() -> None:
     table.reassign(owned.places, hashes_of(owned.keys), 1, 2)
     assert pairs(table) == {(11, 2): count}
     table.check()
-    table.drop(owned.places, hashes_of(owned.keys), 2)
+    table.drop([(owned.places, hashes_of(owned.keys), 2)])
     assert not table.spilled and table.size == 0
 
 
@@ -93,7 +93,7 @@ def test_a_turn_over_costs_no_growth() -> None:
     runs = [dice.bytes(400 * 32) for _ in range(10)]
     places = [table.add(table.fragments(run), np.int32(1)) for run in runs]
     for _ in range(100):
-        table.drop(places.pop(0), runs.pop(0), 1)
+        table.drop([(places.pop(0), runs.pop(0), 1)])
         assert table.has_room(400)
         runs.append(dice.bytes(400 * 32))
         places.append(table.add(table.fragments(runs[-1]), np.int32(1)))

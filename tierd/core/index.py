@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
-from tierd.core.plan import Hint
+from tierd.core.plan import Hint, any_of, any_true
 from tierd.core.policy.lru import Lru
 from tierd.core.table import Cells, Table
 
@@ -150,15 +150,14 @@ class Index:
         pieces: list[Piece] = []
         while True:
             run = node.hashes
-            size = len(run) - offset * HASH_BYTES
             if offset == 0 and hashes.startswith(run, at):
-                count = size // HASH_BYTES
+                size = len(run)
             else:
-                count = _common(run, offset * HASH_BYTES, hashes, at)
-            if count:
-                pieces.append(Piece(node, offset, count))
-                at += count * HASH_BYTES
-            if count * HASH_BYTES < size or not node.children:
+                size = _common(run, offset * HASH_BYTES, hashes, at) * HASH_BYTES
+            if size:
+                pieces.append(Piece(node, offset, size // HASH_BYTES))
+                at += size
+            if offset * HASH_BYTES + size < len(run) or node.children is None:
                 return pieces
             child = node.children.get(hashes[at : at + HASH_BYTES])
             if child is None:
@@ -219,9 +218,9 @@ class Index:
         if node in self.touched:
             self.touched[head] = None
         for order, before, behind in zip(self.orders, head.slots, node.slots, strict=True):
-            if before.max() >= 0:
+            if any_true(before >= 0):
                 order.add(head)  # hotter than its ancestors until the caller has touched them
-            if node in order and behind.max() < 0:
+            if node in order and not any_true(behind >= 0):
                 order.remove(node)
         return head
 
@@ -307,19 +306,20 @@ class Index:
         """Forget the copies of some of a node's blocks in one tier; returns their slots. Call `trim` afterwards."""
         slots: Slots = node.slots[tier, offsets]
         node.slots[tier, offsets] = -1
-        if node.slots[tier].max() < 0:
+        if not any_true(node.slots[tier] >= 0):
             self.orders[tier].remove(node)
         return slots
 
     def trim(self, nodes: Iterable[Node]) -> None:
         """Remove what lives nowhere from the tails of these nodes, and of ancestors that become childless."""
+        dropped = []
         for node in nodes:
             while node.parent is not None and not node.children and self._nodes[node.id] is node:
-                highest = node.slots.max(0)
-                keep = 0 if highest[-1] < 0 and highest.max() < 0 else int((highest >= 0).nonzero()[0][-1]) + 1
+                living = any_of(node.slots).nonzero()[0]
+                keep = int(living[-1]) + 1 if len(living) else 0
                 if keep == len(node):
                     break
-                self.table.drop(node.cells[keep:], node.hashes[keep * HASH_BYTES :], node.id)
+                dropped.append((node.cells[keep:], node.hashes[keep * HASH_BYTES :], node.id))
                 self.blocks -= len(node) - keep
                 if keep:
                     node.hashes, node.slots = node.hashes[: keep * HASH_BYTES], node.slots[:, :keep].copy()
@@ -332,6 +332,7 @@ class Index:
                     above.children = None
                 self._forget(node)
                 node = above
+        self.table.drop(dropped)
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 
@@ -411,7 +412,7 @@ class Index:
     def _enlist(self, node: Node) -> None:
         """Enter a node in the orders of the tiers that it is new in, and keep its ancestors behind it (hotter)."""
         for order, row in zip(self.orders, node.slots, strict=True):
-            if node not in order and row.max() >= 0:
+            if node not in order and any_true(row >= 0):
                 order.add(node)
                 order.touch(list(self.path(node)))
 

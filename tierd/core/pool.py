@@ -159,8 +159,8 @@ class Pool:
 
     def retire(self, slots: Slots) -> None:
         """The blocks left the index: free at once what nobody uses, the rest with its last user."""
-        idle = self.users[slots] == 0
-        if not idle.all():
+        idle = self.users.take(slots) == 0
+        if np.count_nonzero(idle) < len(idle):
             self.state[slots] = RETIRED
             slots = slots[idle]
         self._release(slots)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tierd.core.index import Index, Node
 from tierd.core.ladder import Ladder
-from tierd.core.plan import Slots, any_of
+from tierd.core.plan import Slots, any_of, any_true
 
 QUANTUM = 1024
 """Evict at least this many at a time (or a 32nd of the tier), so that the cost per block is an array operation's."""
@@ -71,14 +71,14 @@ class Room:
             offsets = self._victims(node, tier, node in path)[taken - count :]
             if not len(offsets):
                 continue
-            gone.append(row[offsets])
+            gone.append(row.take(offsets))
             row[offsets] = -1
-            kept = int(np.count_nonzero(self._elsewhere(node, tier)[offsets]))
+            kept = int(np.count_nonzero(self._elsewhere(node, tier).take(offsets)))
             if kept < len(offsets):
                 trimmed.append(node)
             clean += kept
             taken += len(offsets)
-            if len(offsets) == len(row) or row.max() < 0:
+            if len(offsets) == len(row) or not any_true(row >= 0):
                 emptied.append(node)
             if taken >= count:
                 break
@@ -93,14 +93,14 @@ class Room:
         """Offsets of the node's blocks that may go, head first."""
         row = node.slots[tier]
         offsets: NDArray[np.intp] = (row >= 0).nonzero()[0]
-        busy = self._pools[tier].users[row[offsets]] > 0
+        busy = self._pools[tier].users.take(row.take(offsets)) > 0
         if tier == self._ladder.closed:
             if is_ancestor or any(child.slots[tier, 0] >= 0 for child in (node.children or {}).values()):
                 return offsets[:0]
-            return offsets[int(np.flatnonzero(busy)[-1]) + 1 :] if busy.any() else offsets
+            return offsets[int(np.flatnonzero(busy)[-1]) + 1 :] if any_true(busy) else offsets
         if is_ancestor:
             busy |= ~self._elsewhere(node, tier)[offsets]
-        return offsets[~busy] if busy.any() else offsets
+        return offsets[~busy] if any_true(busy) else offsets
 
     def _elsewhere(self, node: Node, tier: int) -> NDArray[np.bool_]:
         """Which of the node's blocks have a copy in another tier."""

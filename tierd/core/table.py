@@ -9,6 +9,7 @@ hashing is fast", 2014): block hashes are named by clients, and nobody who does 
 meet in one bucket. A fragment is not an identity: callers verify every candidate against the full hash.
 
 All methods work on arrays of keys; nothing here runs a Python statement per key, but for the few that found no cell.
+Arrays are read by `take`, which costs half of what an index does.
 """
 
 from __future__ import annotations
@@ -95,17 +96,19 @@ class Table:
         self.size += len(fragments)
         return self._place((owners.astype(np.uint64) << _HALF) | fragments)
 
-    def drop(self, places: Cells, hashes: bytes, owner: int) -> None:
-        """Remove keys that were added for these hashes."""
-        self.size -= len(places)
-        places = self._respill(places, hashes, owner, None)
+    def drop(self, dropped: list[tuple[Cells, bytes, int]]) -> None:
+        """Remove keys that were added for these hashes, each run of them for one owner."""
+        if not dropped:
+            return
+        places = np.concatenate([self._respill(*run, None) for run in dropped]).astype(np.int64)
+        self.size -= sum([len(run[0]) for run in dropped])
         self._cells[places] = 0
         np.bitwise_or.at(self._free, places // CELLS, _BIT[places % CELLS])
 
     def reassign(self, places: Cells, hashes: bytes, old: int, new: int) -> None:
         """Give keys of owner `old` to owner `new`."""
-        places = self._respill(places, hashes, old, new)
-        self._cells[places] = (self._cells[places] & _KEY) | np.uint64(new << 32)
+        places = self._respill(places, hashes, old, new).astype(np.int64)
+        self._cells[places] = (self._cells.take(places) & _KEY) | np.uint64(new << 32)
 
     def check(self) -> None:
         """Raise AssertionError if the accounting is off."""
@@ -135,30 +138,31 @@ class Table:
         places = np.full(len(cells), -1, np.int32)
         left = np.arange(len(cells), dtype=np.int32)
         while len(left):
-            keys = cells[left] & _KEY
+            keys = cells & _KEY
             bucket, other = self._bucket(keys, _FIRST), self._bucket(keys, _SECOND)
-            free, free_other = self._free[bucket], self._free[other]
-            better = _ONES[free_other] > _ONES[free]
+            free, free_other = self._free.take(bucket), self._free.take(other)
+            better = _ONES.take(free_other) > _ONES.take(free)
             bucket, free = np.where(better, other, bucket), np.where(better, free_other, free)
             self._winner[bucket] = left
-            wins = self._winner[bucket] == left
-            if not free.all():
-                for cell in cells[left[free == 0]].tolist():
+            lost = self._winner.take(bucket) != left
+            if np.count_nonzero(free) < len(free):
+                for cell in cells[free == 0].tolist():
                     self.spilled.setdefault(cell & _LOW, []).append(cell >> 32)
-                wins |= free == 0
-                keep = wins & (free != 0)
-            else:
-                keep = wins
-            bucket, free, placed = bucket[keep], free[keep], left[keep]
-            places[placed] = spots = bucket * CELLS + _LOWEST[free]
-            self._cells[spots] = cells[placed]
+                lost &= free != 0
+            again = lost.nonzero()[0]
+            now, entered = left, cells
+            if len(again) or self.spilled:
+                keep = ~lost & (free != 0)
+                bucket, free, now, entered = bucket[keep], free[keep], left[keep], cells[keep]
+            places[now] = spots = bucket * CELLS + _LOWEST.take(free)
+            self._cells[spots] = entered
             self._free[bucket] = free & (free - np.uint8(1))
-            left = left[~wins]
+            left, cells = left[again], cells[again]
         return places
 
     def _respill(self, places: Cells, hashes: bytes, old: int, new: int | None) -> Cells:
         """Remove keys that spilled, or give them to another owner; returns the places of the others."""
-        if len(places) and places.min() < 0:
+        if self.spilled and len(places) and places.min() < 0:
             for at in np.flatnonzero(places < 0).tolist():
                 (fragment,) = self.fragments(hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]).tolist()
                 owners = self.spilled[fragment]
