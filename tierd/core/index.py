@@ -411,10 +411,11 @@ class Index:
 
     def _enlist(self, node: Node) -> None:
         """Enter a node in the orders of the tiers that it is new in, and keep its ancestors behind it (hotter)."""
-        for order, row in zip(self.orders, node.slots, strict=True):
-            if node not in order and any_true(row >= 0):
-                order.add(node)
-                order.touch(list(self.path(node)))
+        orders = [order for order, row in zip(self.orders, node.slots, strict=True) if node not in order and any_true(row >= 0)]
+        path = list(self.path(node)) if orders else []
+        for order in orders:
+            order.add(node)
+            order.touch(path)
 
     def _forget(self, node: Node) -> None:
         for order in self.orders:

@@ -157,6 +157,11 @@ def any_true(mask: NDArray[np.bool_]) -> bool:
     return bool(np.count_nonzero(mask))
 
 
+def all_true(mask: NDArray[np.bool_]) -> bool:
+    """Whether all are true, likewise."""
+    return bool(np.count_nonzero(mask) == len(mask))
+
+
 def any_of(rows: Slots | list[Slots]) -> NDArray[np.bool_]:
     """Which blocks are in any of these tiers (int32[n] each, at least one): cheaper than a maximum over so few rows."""
     there: NDArray[np.bool_] = rows[0] >= 0

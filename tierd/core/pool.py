@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
+from tierd.core.plan import all_true, any_true
 
 Slots = NDArray[np.int32]
 Rows = NDArray[np.int64]
@@ -116,7 +117,7 @@ class Pool:
         ends.
         """
         rows = rows_of(slots)
-        assert (self.state[rows] == FILLING).all(), "only a filling slot can become ready"
+        assert all_true(self.state[rows] == FILLING), "only a filling slot can become ready"
         self.state[rows] = READY
         self.users[rows] -= 1
 
@@ -137,7 +138,7 @@ class Pool:
         assert users.min(initial=0) >= 0, "a slot was given back more often than it was used"
         self.users[rows] = users
         retired = self.state[rows] == RETIRED
-        if retired.any():
+        if any_true(retired):
             self._release(slots[retired & (users == 0)])
 
     def give(self, slots: Slots) -> None:
@@ -160,7 +161,7 @@ class Pool:
     def retire(self, slots: Slots) -> None:
         """The blocks left the index: free at once what nobody uses, the rest with its last user."""
         idle = self.users.take(slots) == 0
-        if np.count_nonzero(idle) < len(idle):
+        if not all_true(idle):
             self.state[slots] = RETIRED
             slots = slots[idle]
         self._release(slots)
@@ -297,7 +298,7 @@ def rows_of(slots: Slots) -> NDArray[np.int64] | slice:
     """The fastest index for these slots: a slice where they are neighbours in rising order, as they are in a young
     pool.
     """
-    if len(slots) > SMALL and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and (slots[1:] - slots[:-1] == 1).all():
+    if len(slots) > SMALL and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and all_true(slots[1:] - slots[:-1] == 1):
         return slice(int(slots[0]), int(slots[-1]) + 1)
     return slots.astype(np.int64)
 

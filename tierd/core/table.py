@@ -150,11 +150,11 @@ class Table:
                     self.spilled.setdefault(cell & _LOW, []).append(cell >> 32)
                 lost &= free != 0
             again = lost.nonzero()[0]
-            now, entered = left, cells
+            here, entered = left, cells
             if len(again) or self.spilled:
                 keep = ~lost & (free != 0)
-                bucket, free, now, entered = bucket[keep], free[keep], left[keep], cells[keep]
-            places[now] = spots = bucket * CELLS + _LOWEST.take(free)
+                bucket, free, here, entered = bucket[keep], free[keep], left[keep], cells[keep]
+            places[here] = spots = bucket * CELLS + _LOWEST.take(free)
             self._cells[spots] = entered
             self._free[bucket] = free & (free - np.uint8(1))
             left, cells = left[again], cells[again]
