@@ -99,6 +99,8 @@ class Keeper:
             transfer = planned.pop(0)
             self._writing[transfer.target] += transfer.reason == WRITE_BACK
             self.mover.submit(space, transfer)
+        while space.cache.hastened:
+            self.mover.hasten(space.cache.hastened.pop())
 
     def _moved(self, space: Space, transfer: Transfer) -> None:
         self._progress.set()

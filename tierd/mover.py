@@ -71,6 +71,12 @@ class Mover:
                 heapq.heappush(self._queue, (REASONS.index(transfer.reason), next(self._order), job, part))
         self._start()
 
+    def hasten(self, transfer: Transfer) -> None:
+        """Somebody waits for a transfer that was submitted as less urgent; on the loop only."""
+        with self._lock:
+            self._queue = [(0, *part[1:]) if part[2].transfer is transfer else part for part in self._queue]
+            heapq.heapify(self._queue)
+
     async def close(self) -> None:
         """Wait for what is under way: a started part cannot be stopped. What is queued is forgotten, as by a crash."""
         with self._lock:

@@ -48,7 +48,7 @@ class Verbs:
     def _find_prefix(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
         cache = session.space.cache
         found = cache.lookup(session.id, hashes, parent, clock.unix_milliseconds())
-        if cache.planned:
+        if cache.planned or cache.hastened:
             self._keeper.pump(session.space)
             self._keeper.supply_ahead(session.space, session.tier)
         self._introduce(session, found.slots)
@@ -98,7 +98,7 @@ class Verbs:
     def _try_load(self, session: Attached, lease: int, first: int, count: int) -> dict[str, Any] | Wait:
         cache = session.space.cache
         slots = cache.load(session.id, lease, first, count, clock.unix_milliseconds())
-        if cache.planned:
+        if cache.planned or cache.hastened:
             self._keeper.pump(session.space)
         if isinstance(slots, Wait):
             return slots

@@ -48,7 +48,7 @@ def make_memory() -> bytes:
     directory.free([1])
     directory.begin([1, 2], HASHES[2] + HASHES[3], HASHES[0] + HASHES[2], np.array([0, 0x1122334455667788], np.uint64))
     directory.ready([1])
-    directory.hold([0, 2], 5)
+    directory.holders[[0, 2]] = 1 << 5
     directory.touch([0, 1], LAST_USE, np.array([3, 4], np.uint32))
     return bytes(buffer)
 
@@ -76,7 +76,7 @@ def test_a_golden_memory_directory_is_understood() -> None:
     scan = Directory(data, found).scan()
     assert found == header(Medium.MEMORY, 0xA1)
     assert scan.slots.tolist() == [0, 1] and scan.hashes == HASHES[0] + HASHES[2]
-    assert scan.parents == bytes(32) + HASHES[0] and not scan.has_digest.any()
+    assert scan.parents == bytes(32) + HASHES[0] and not scan.digests.any()
     assert scan.generations.tolist() == [1, 2] and scan.use_counts.tolist() == [3, 4]
     assert scan.last_use.tolist() == [LAST_USE, LAST_USE]
     assert (scan.held.tolist(), scan.spare.tolist()) == ([0, 2], [2, 3])
@@ -98,7 +98,7 @@ def test_a_golden_segment_file_is_understood(tmp_path: Path) -> None:
     segment = FileSegment.open(path, PosixEngine())
     scan = segment.scan()
     assert scan.slots.tolist() == [0, 2] and scan.hashes == HASHES[1] + HASHES[0]
-    assert scan.use_counts.tolist() == [1, 9] and scan.has_digest.all() and scan.damaged == 0
+    assert scan.use_counts.tolist() == [1, 9] and scan.digests.all() and scan.damaged == 0
     buffers = [payload(3), payload(3)]
     assert (segment.read(scan.slots, buffers) == READ_OK).all()
     assert [bytes(buffer[:32]) for buffer in buffers] == [HASHES[1], HASHES[0]]

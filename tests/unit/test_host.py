@@ -101,7 +101,7 @@ def test_an_adopted_segment_has_everything_that_was_in_it(segment: HostSegment) 
     segment.slots[2][:] = 77
     segment.directory.begin([2], HASH, bytes(32))
     segment.directory.ready([2])
-    segment.directory.hold([2], 9)
+    segment.directory.holders[2] = 1 << 9
     descriptors = os.dup(segment.directory_fd), os.dup(segment.slots_fd)
     segment.close()
     adopted = HostSegment.adopt(*descriptors)

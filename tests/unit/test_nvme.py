@@ -18,7 +18,7 @@ from tierd.errors import Busy, Invalid
 from tierd.layout import Layout, Namespace
 from tierd.tiers.io.faulty import Faults, FaultyEngine
 from tierd.tiers.io.posix import PosixEngine
-from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK, FileSegment, digest, slots_path
+from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK, FileSegment, slots_path
 from tierd.tiers.segment import Geometry
 
 LAYOUT = Layout(3, 1, 24, "float16", block_tokens=15)
@@ -147,15 +147,6 @@ def test_recency_is_written_when_flushed(tmp_path: Path) -> None:
     killed = FileSegment.open(segment.path, PosixEngine()).scan()
     assert killed.last_use.tolist() == [1_700_000_000_000, 0] and killed.use_counts.tolist() == [3, 0]
     assert reopened(segment).scan().use_counts.tolist() == [3, 4]
-
-
-def test_a_digest_that_is_given_is_believed_and_checked_at_the_read(tmp_path: Path) -> None:
-    """Damage between the first write of a block and this one is found, although this medium is fine."""
-    segment = create(tmp_path)
-    known = np.array([digest(content(1)), digest(content(1))], np.uint64)
-    segment.write([0, 1], payloads([1, 2]), *chain([1, 2]), known)
-    assert served(segment) == {block_hash(1): READ_OK, block_hash(2): READ_DAMAGED}
-    assert segment.failures == {"read: digest differs": 1}
 
 
 def test_padding_does_not_count(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class Nowhere:
     def begin(self, *_: object) -> None:
         """Nothing is written."""
 
-    ready = free = hold = unhold = touch = begin
+    ready = free = touch = begin
 
     def hashes(self, slots: object) -> bytes:
         """Nothing was written."""

@@ -96,6 +96,11 @@ class Cache:
         return self._transfers.planned
 
     @property
+    def hastened(self) -> list[Transfer]:
+        """Prefetches that somebody waits for now: whoever executes them should hurry."""
+        return self._transfers.hastened
+
+    @property
     def transfers(self) -> dict[int, Transfer]:
         """All transfers that have not ended, by id."""
         return self._transfers.running

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.core.ladder import Ladder
-from tierd.core.plan import Lease, Slots, Transfer
+from tierd.core.plan import PREFETCH, Lease, Slots, Transfer
 
 ID_MAX = (1 << 31) - 1
 
@@ -17,6 +17,8 @@ class Transfers:
     def __init__(self, ladder: Ladder) -> None:
         self.planned: list[Transfer] = []
         """Decided, not yet taken by the mover."""
+        self.hastened: list[Transfer] = []
+        """Prefetches under way that somebody waits for now; not yet told to the mover."""
         self.running: dict[int, Transfer] = {}
         """Not ended yet, planned ones included; by id."""
         self._ladder = ladder
@@ -58,6 +60,8 @@ class Transfers:
         order = np.argsort(transfer.source_slots)
         wanted = transfer.waiting.setdefault(lease, np.full(len(transfer), -1, np.intp))
         wanted[order[np.searchsorted(transfer.source_slots, slots, sorter=order)]] = blocks
+        if transfer.reason == PREFETCH and len(transfer.waiting) == 1:
+            self.hastened.append(transfer)
 
     def end(self, transfer: Transfer) -> None:
         """Forget an ended transfer and let its source go."""

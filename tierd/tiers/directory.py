@@ -70,11 +70,6 @@ class Scan:
     stale: int
     unfinished: int
 
-    @property
-    def has_digest(self) -> NDArray[np.bool_]:
-        """Which blocks carry a digest."""
-        return np.not_equal(self.digests, 0)
-
 
 class Directory:
     """The four columns `state`, `holders`, `identity` and `recency` of a segment, as views on a writable buffer.
@@ -150,14 +145,6 @@ class Directory:
         """The packed hashes of the blocks in ready slots."""
         hashes: bytes = self.identity["hash"][_indexes(slots)].tobytes()
         return hashes
-
-    def hold(self, slots: Slots, bit: int) -> None:
-        """Set a session's holder bit (0 to 63), before the slots are told to it."""
-        self.holders[_indexes(slots)] |= np.uint64(1 << bit)
-
-    def unhold(self, slots: Slots, bit: int) -> None:
-        """Clear a session's holder bit on some slots."""
-        self.holders[_indexes(slots)] &= ~np.uint64(1 << bit)
 
     def unhold_all(self, bit: int) -> int:
         """Clear a session's holder bit everywhere; returns how many slots had it."""

@@ -139,23 +139,13 @@ class FileSegment:
         """Whether payloads bypass the page cache."""
         return self._payloads.direct
 
-    def write(
-        self,
-        slots: Slots,
-        payloads: Sequence[Buffer],
-        hashes: bytes,
-        parents: bytes,
-        digests: NDArray[np.uint64] | None = None,
-    ) -> NDArray[np.bool_]:
+    def write(self, slots: Slots, payloads: Sequence[Buffer], hashes: bytes, parents: bytes) -> NDArray[np.bool_]:
         """Store blocks in free slots; returns which of them are there now. The others' slots are free again.
 
-        hashes and parents are packed. A digest of 0 (or None for all) is computed here, else it is believed: it is the
-        payload's digest at its first write, so that damage since then is found when the block is read.
+        hashes and parents are packed. Digests are computed here, so that damage since then is found when a block is read.
         """
         at = np.asarray(slots, dtype=np.int64)
-        computed = np.zeros(len(at), np.uint64) if digests is None else digests.copy()
-        for index in np.flatnonzero(computed == 0):
-            computed[index] = digest(self._payload(payloads[int(index)]))
+        computed = np.array([digest(self._payload(payload)) for payload in payloads], np.uint64)
         with self._file_lock:  # no page with a new identity reaches the file before its FILLING
             with self._lock:
                 self.directory.begin(at, hashes, parents, computed)
