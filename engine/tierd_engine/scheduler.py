@@ -176,10 +176,15 @@ class Scheduler:
                 return False
             return not self._follow(sequence, found.blocks)
         if found.starved:
-            sequence.stopped_since = None
-            if not self.running:
-                self._give_up_lease(sequence)
-            return False
+            if self._makes_room(sequence):
+                sequence.stopped_since = None
+                return False
+            if sequence.stopped_since is None:
+                sequence.stopped_since = now
+            if now - sequence.stopped_since < PATIENCE_SECONDS:
+                return False
+            found.stop()
+            return self._arrived(sequence, now)
         if sequence.stopped_since is None:
             sequence.stopped_since = now
         sequence.passed_over += 1
@@ -194,6 +199,13 @@ class Scheduler:
                 self.counts.loads_declined += 1
                 return self._arrived(sequence, now)
         return False
+
+    def _makes_room(self, starved: Sequence) -> bool:
+        """Whether others here will give up pages that its blocks could come to, or just did."""
+        if self.running or self._leaving or self._asked or self._saving:
+            return True
+        self._crowded = True
+        return self._give_up_lease(starved) or bool(self._spare)
 
     def _look(self, sequence: Sequence) -> None:
         """Look its prefix up (again), unless somebody is computing it right now."""

@@ -136,12 +136,7 @@ class TierMemory:
 
 
 class Found:
-    """A lookup: leading blocks that are live here, then what the daemon brings, then what is live behind that.
-
-    The daemon itself gives a load up that finds no slots, within the client's deadline: it is never `starved` for long.
-    """
-
-    starved = False
+    """A lookup: leading blocks that are live here, then what the daemon brings, then what is live behind that."""
 
     def __init__(self, memory: TierMemory, hashes: bytes) -> None:
         self._memory, self._hashes = memory, hashes
@@ -175,6 +170,11 @@ class Found:
     def seconds(self) -> float:
         """How long the rest is expected to take."""
         return self._memory.speeds.estimate(self.blocks - self.ready, self._medium)
+
+    @property
+    def starved(self) -> bool:
+        """Whether every slot that the rest could come to is held."""
+        return self._found.starved
 
     @property
     def pages(self) -> List[int]:

@@ -305,7 +305,10 @@ def test_engines_under_pressure_keep_right_bytes_through_kills(start: Start, con
                 until(one, lambda one=one: not one.alive)  # type: ignore[misc]
                 until(one, lambda one=one: one.alive)  # type: ignore[misc]
         hashes = hashes_of(dice.randrange(12), dice.randint(1, SLOTS // 2))
-        found = answer(client, client.lookup(hashes))
+        found = client.lookup(hashes)
+        until(client, lambda found=found: found.done or found.starved)  # type: ignore[misc]
+        if found.starved and dice.random() < 0.5:  # else it goes on waiting while it is held
+            found.stop()
         held.append((client, found, hashes))
         rest, parent = hashes[found.ready * 32 :], (ROOT + hashes)[found.ready * 32 :][:32]
         if rest and len(pages := reserve(client, len(rest) // 32)):

@@ -129,6 +129,37 @@ def test_answers_survive_a_tier_much_smaller_than_the_work(twins: Twins, launch:
     engine.close()
 
 
+def test_blocks_come_up_as_pages_become_free_and_are_not_computed_again(twins: Twins, launch: Callable[..., Daemon]) -> None:
+    """The second time twelve prompts are asked, each has its blocks below a gpu tier that holds three of them at a time."""
+    daemon = launch()
+    engine = twins.engine(tier_memory(daemon, twins.layout, 14), chunk_tokens=64)
+    for _ in range(2):
+        before = engine.scheduler.counts.prefill_tokens
+        done = ask(engine, LONG)
+        steps_until(engine, lambda: engine.idle, lambda step: setattr(engine.scheduler, "prefill_tokens_per_second", 0.0))
+        check_answers(twins, done)
+        daemon.ask("sync", deadline_ms=20_000)
+    counts = engine.scheduler.counts
+    assert counts.prefill_tokens - before <= sum(len(tokens) - 160 for tokens in LONG) + counts.preemptions * len(LONG[0])
+    check_nothing_is_held(daemon, engine)
+    engine.close()
+
+
+def test_a_prefix_that_the_tier_cannot_hold_is_loaded_as_far_as_it_goes(twins: Twins, launch: Callable[..., Daemon]) -> None:
+    """A prompt of more blocks than the gpu tier has slots: the rest is computed in private pages, and nothing hangs."""
+    daemon = launch()
+    longest = (slots(twins.layout) + 6) * twins.layout.block_tokens
+    engine = twins.engine(tier_memory(daemon, twins.layout, longest // twins.layout.block_tokens + 8), chunk_tokens=64)
+    for _ in range(2):
+        done = ask(engine, [prompt(longest, seed=3)], 4)
+        steps_until(engine, lambda: engine.idle)
+        check_answers(twins, done)
+        daemon.ask("sync", deadline_ms=20_000)
+    assert done[0].hit_tokens > 0
+    check_nothing_is_held(daemon, engine)
+    engine.close()
+
+
 def test_preempted_sequences_resume_from_their_blocks(twins: Twins, launch: Callable[..., Daemon]) -> None:
     """Long answers to short prompts run out of slots and private pages; who gave up finds what it had computed."""
     daemon = launch()

@@ -21,7 +21,7 @@ from tierd.client.connection import Connection, Ticket
 from tierd.client.link import Link
 from tierd.client.page_memory import PageMemory, Pages
 from tierd.clock import monotonic_seconds
-from tierd.errors import Closed, Invalid, TierdError
+from tierd.errors import Busy, Closed, Invalid, TierdError
 from tierd.layout import Layout
 from tierd.wire.messages import (
     ATTACHED,
@@ -38,6 +38,8 @@ from tierd.wire.messages import (
 )
 
 NO_PAGES: Pages = np.empty(0, np.int32)
+RETRY_SECONDS = 0.01
+"""How long a lookup that found no room for the rest of its blocks waits before it asks again."""
 
 
 class Asked:
@@ -72,7 +74,7 @@ class PageLookup(Asked):
     """The longest prefix that can be had: `blocks` of it, of which the first `ready` are in `pages` (int32) now.
 
     `done` when nothing more will come. Release it when its pages are not needed any more; before that it may be released at
-    any time as well.
+    any time as well. `starved`: every page that the others could come to is held; they come when some are released.
     """
 
     def __init__(self, client: PageClient) -> None:
@@ -84,6 +86,7 @@ class PageLookup(Asked):
         """The connection that its lease is of."""
         self.lease = 0
         self.ticket: Ticket | None = None
+        self.starved = False
         self._client = client
 
     @property
@@ -99,7 +102,7 @@ class PageLookup(Asked):
     def fail(self) -> None:
         """What is there stays; more will not come."""
         super().fail()
-        self.blocks = self.ready
+        self.blocks, self.starved = self.ready, False
 
     def stop(self) -> None:
         """Be content with what is there."""
@@ -147,6 +150,8 @@ class PageClient:
         """What was held when a session was resumed last."""
         self._asked: deque[tuple[Ticket, Asked, Any, float]] = deque()
         """Requests without an answer, in order: with their arguments, and since when."""
+        self._starved: list[tuple[PageLookup, bytes, float]] = []
+        """Lookups that found no room, with their hashes, and when to ask again (monotonic seconds)."""
         self._link = Link(
             Path(path) if path else default_socket(),
             hello,
@@ -246,6 +251,12 @@ class PageClient:
                 self._asked.append((ticket, asked, about, since))
                 if now > since + self.deadline_seconds and self._link.connection is not None:
                     self._link.drop(f"{ticket.verb} was not answered within {self.deadline_seconds:g} s")
+        waiting, self._starved = self._starved, []
+        for found, hashes, again in waiting:
+            if now < again:
+                self._starved.append((found, hashes, again))
+            elif not found.done:
+                self._ask_for_rest(found, hashes)
 
     def wait(self, seconds: float) -> None:
         """Sleep until something has arrived: for an engine that has nothing else to do."""
@@ -286,6 +297,13 @@ class PageClient:
             return False
         try:
             reply = connection.answer(ticket)
+        except Busy:
+            if isinstance(asked, PageLookup) and ticket.verb == "load":
+                asked.starved, asked.ticket = True, None
+                self._starved.append((asked, about, monotonic_seconds() + RETRY_SECONDS))
+            else:
+                asked.fail()
+            return True
         except TierdError:
             asked.fail()
             return True
@@ -335,9 +353,14 @@ class PageClient:
             raise Closed(f"{verb} of {len(hashes) // HASH_BYTES} blocks was answered with {len(slots)} slots")
         self._memory.held[slots] += 1
         found.pages = np.concatenate((found.pages, slots))
+        found.starved = False
         if found.ready == found.blocks:
             found.done = True
-            return
+        else:
+            self._ask_for_rest(found, hashes)
+
+    def _ask_for_rest(self, found: PageLookup, hashes: bytes) -> None:
+        """Ask for the blocks that are not there yet."""
         arguments = {"lease": found.lease, "first": found.ready, "count": found.blocks - found.ready}
         found.ticket = self._ask("load", arguments, found, hashes)
 
@@ -345,7 +368,7 @@ class PageClient:
         """Do not wait for more; what comes all the same goes with the lease."""
         if found.ticket is not None and self._link.connection is not None and not found.done:
             self._link.connection.abandon(found.ticket)
-        found.blocks, found.done = found.ready, True
+        found.blocks, found.done, found.starved = found.ready, True, False
 
     def _end_lookup(self, found: PageLookup) -> None:
         """Give a lookup's pages back: with its lease, or one by one if its connection is gone."""
@@ -416,6 +439,10 @@ class PageClient:
                 slots, at = about
                 asked.codes[at] = NAMED
                 self._reserved[slots[at]] = False
+        waiting, self._starved = self._starved, []
+        for found, _, _ in waiting:
+            if not found.done:
+                found.fail()
 
 
 def _pick(hashes: bytes, at: NDArray[np.intp]) -> bytes:

@@ -187,7 +187,7 @@ class Cache:
         self._tell(session, lease, 0, told, now)
         if told < blocks:
             self._promotion.start(lease, told, DEMAND, now)
-            if not is_here[told] and not self._promotion.coming(lease, told):
+            if not is_here[told] and not session.paged and not self._promotion.coming(lease, told):
                 session.let_go(lease, slice(told, None))  # report no more than can be delivered
                 lease.blocks = told
                 self.counters["lookup_busy",] += 1
