@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from math import log
 from pathlib import Path
+from random import Random
 
 from tierd_engine.bench.measure import InfiniteCache
+from tierd_engine.bench.pairs import median_most
 from tierd_engine.bench.workloads import CONTROL, workloads
 
 COMMAND = Path(sys.executable).parent / "tierd-engine"
@@ -36,6 +39,16 @@ def test_the_same_seed_asks_the_same_and_the_control_shares_nothing() -> None:
     assert len({tuple(talk[0].tokens[:16]) for talk in control.talks}) == len(control.talks)
 
 
+def test_the_bound_of_a_median_holds_as_often_as_it_says() -> None:
+    """Of many small samples of something skewed, at least 95 in a hundred have their bound above the true median."""
+    dice, tries = Random(1), 4000
+    for count in (5, 8, 11, 20):
+        bounds = [median_most([dice.expovariate(1.0) for _ in range(count)]) for _ in range(tries)]
+        held = sum(bound is not None and bound >= log(2) for bound in bounds)
+        assert 0.94 * tries <= held < tries
+    assert median_most([1.0] * 4) is None, "four of four coins show heads too often"
+
+
 def test_a_small_bench_runs_through(llama: Path, tmp_path: Path) -> None:
     """Every mode and workload is measured, tierd saves prompt tokens, and the report says on what it ran."""
     command = [COMMAND, "bench", llama, "--rounds", 1, "--scale", 0.03, "--work-dir", tmp_path, "--pool-tokens", 4096]
@@ -52,6 +65,8 @@ def test_a_small_bench_runs_through(llama: Path, tmp_path: Path) -> None:
     assert found["prefix-reuse", "cpu", 16]["prefill_tokens"] < found["prefix-reuse", "off", 16]["prefill_tokens"]
     assert found["prefix-reuse", "all", 16]["prefill_tokens"] < found["prefix-reuse", "off", 16]["prefill_tokens"]
     assert found["prefix-reuse", "all", 16]["blocks_by_tier"]["gpu"] > 0
+    pairs = {(one["workload"], one["mode"]): one for one in report["paired"]}
+    assert len(pairs) == 4 * 3 and all(one["seconds_ratio"] > 0 and one["cpu_ratio"] > 0 for one in pairs.values())
     assert report["machine"]["cores"] > 0 and report["machine"]["torch"] in done.stderr.replace("\n", "")
     page = files["--html"].read_text()
     assert page.count("<svg") == 3 and not re.search(r"(src|href)=", page)

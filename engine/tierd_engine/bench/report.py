@@ -26,6 +26,7 @@ COLUMNS = (
     "preempted",
     "declined",
 )
+PAIRED = ("workload", "mode", "first token earlier", "time", "at most (95 %)", "CPU s/request")
 
 
 def table(report: dict[str, Any]) -> list[Table]:
@@ -44,7 +45,28 @@ def table(report: dict[str, Any]) -> list[Table]:
             contiguous = f"{one['sequences_fit_contiguous']:g}", f"{one['utilisation_contiguous']:.0%}"
             used = f"{one['utilisation']:.0%}"
             second.add_row(key[0], key[2], f"{one['sequences_fit']:g}", contiguous[0], used, contiguous[1])
-    return [first, third, second]
+    return [first, against_off(report["paired"]), third, second]
+
+
+def against_off(pairs: list[dict[str, Any]]) -> Table:
+    """What each mode is worth and costs, round by round."""
+    shown = Table(*PAIRED, title="Against the same round without tierd", box=box.SIMPLE)
+    for one in pairs:
+        shown.add_row(*pair_figures(one))
+    return shown
+
+
+def pair_figures(one: dict[str, Any]) -> list[str]:
+    """A row of `against_off`."""
+    most = one["seconds_ratio_most"]
+    return [
+        one["workload"],
+        one["mode"],
+        f"{one['first_token_times_earlier']:.1f}x",
+        f"{one['seconds_ratio']:.3f}",
+        "too few rounds" if most is None else f"{most:.3f}",
+        f"{one['cpu_ratio']:.3f}",
+    ]
 
 
 def figures(one: dict[str, Any]) -> list[str]:
@@ -65,15 +87,7 @@ def figures(one: dict[str, Any]) -> list[str]:
 def html(report: dict[str, Any], machine: str) -> str:
     """A page with the plot, the table and what it ran on."""
     results = report["results"]
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{escape(str(cell))}</td>"
-            for cell in (one["workload"], one["mode"], one["block_tokens"], *figures(one["median"]))
-        )
-        + "</tr>\n"
-        for one in results
-    )
+    rows = "".join(cells([one["workload"], one["mode"], str(one["block_tokens"]), *figures(one["median"])]) for one in results)
     head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
     plain = [one for one in results if one["block_tokens"] == 16]
     sweep = [one for one in results if one["workload"] == results[0]["workload"] and one["mode"] == sweep_mode(results)]
@@ -89,8 +103,16 @@ td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left; }} svg text {{ font:
 {report["pool_tokens"]} tokens.</p>
 {"".join(plots)}
 <table><tr>{head}</tr>
-{rows}</table></html>
+{rows}</table>
+<h2>Against the same round without tierd</h2>
+<table><tr>{"".join(f"<th>{escape(column)}</th>" for column in PAIRED)}</tr>
+{"".join(cells(pair_figures(one)) for one in report["paired"])}</table></html>
 """
+
+
+def cells(row: list[str]) -> str:
+    """A row of an HTML table."""
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
 
 
 def prefill_share(one: dict[str, Any]) -> float:

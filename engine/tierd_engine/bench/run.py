@@ -24,6 +24,7 @@ from tierd.client import Client
 from tierd.client.pages import PageClient
 from tierd.errors import Invalid
 from tierd_engine.bench.measure import Measured, measure
+from tierd_engine.bench.pairs import paired
 from tierd_engine.bench.report import html, table
 from tierd_engine.bench.workloads import Workload, workloads
 from tierd_engine.copying import CopyingMemory
@@ -112,6 +113,11 @@ def run(options: argparse.Namespace) -> int:
         {"workload": name, "mode": mode, "block_tokens": block, "median": middle(rounds).to_map()}
         | {"rounds": [one.to_map() for one in rounds]}
         for (name, mode, block), rounds in found.items()
+    ]
+    report["paired"] = [
+        paired(name, mode, rounds, found[name, "off", block]).to_map()
+        for (name, mode, block), rounds in found.items()
+        if mode != "off" and (name, "off", block) in found
     ]
     out = Console(width=WIDTH)
     for shown in table(report):
