@@ -38,6 +38,12 @@ def size_text(number: int) -> str:
     return f"{number // UNITS[unit]}{unit}" if unit != "B" else str(number)
 
 
+def rounded_size(number: int) -> str:
+    """Bytes with a unit, for people: "1.5 GiB"."""
+    unit = next((unit for unit, scale in UNITS.items() if number >= scale), "B")
+    return f"{number:,} B" if unit in ("B", "") else f"{number / UNITS[unit]:.1f} {unit}"
+
+
 def count(low: int, high: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not fullmatch(r"[0-9]{1,12}", str(value)) or not low <= int(value) <= high:

@@ -22,6 +22,7 @@ COMMANDS = {
     "status": "show what a running daemon holds",
     "sync": "wait until everything admitted so far is on NVMe",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
+    "doctor": "say what this machine lacks, and what to do about it",
     "bench": "measure this machine and tierd on it",
     "version": "print the version",
 }

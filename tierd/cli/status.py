@@ -9,7 +9,7 @@ from typing import Any
 
 from tierd.cli.admin import ask
 from tierd.cli.options import add_config_arguments, load_config
-from tierd.values import UNITS
+from tierd.values import rounded_size
 
 ANSWER_SECONDS_MAX = 5.0
 NAMESPACE_CHARACTERS = 16
@@ -54,7 +54,7 @@ def tiers(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, tier in found.items():
         used, most = tier["used_bytes"], tier["limit_bytes"]
         numbers = [f"{tier['slots'].get(state, 0):,}" for state in states]
-        rows.append([name, size(used), size(most), f"{used / most:.0%}", *numbers])
+        rows.append([name, rounded_size(used), rounded_size(most), f"{used / most:.0%}", *numbers])
     return table(rows, right=range(1, len(rows[0])))
 
 
@@ -76,7 +76,7 @@ def namespaces(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for space in found:
         identity = [space["id"][:NAMESPACE_CHARACTERS], space["domain"], space["model"]]
         sessions = space["sessions"]
-        numbers = [size(space["block_bytes"]), f"{space['blocks']:,}", f"{len(sessions):,}"]
+        numbers = [rounded_size(space["block_bytes"]), f"{space['blocks']:,}", f"{len(sessions):,}"]
         rows.append([*identity, *numbers, clients(sessions)])
     return table(rows, right=(3, 4, 5)) if found else iter(["no namespace was opened yet"])
 
@@ -94,12 +94,6 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
         cells = zip(row, widths, strict=True)
         aligned = [cell.rjust(width) if at in right else cell.ljust(width) for at, (cell, width) in enumerate(cells)]
         yield "  ".join(aligned).rstrip()
-
-
-def size(number: int) -> str:
-    """Bytes with a unit: "1.5 GiB"."""
-    unit = next((unit for unit, scale in UNITS.items() if number >= scale), "B")
-    return f"{number:,} B" if unit in ("B", "") else f"{number / UNITS[unit]:.1f} {unit}"
 
 
 def duration(seconds: float) -> str:

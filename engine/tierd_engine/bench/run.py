@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import shutil
@@ -17,13 +16,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
 
+from tierd.block import HASH_BYTES
 from tierd.client import Client
 from tierd.client.pages import PageClient
 from tierd.errors import Invalid
+from tierd.layout import Layout
+from tierd.values import size
 from tierd_engine.bench.measure import Measured, measure
 from tierd_engine.bench.pairs import paired
 from tierd_engine.bench.report import html, table
@@ -38,7 +41,7 @@ from tierd_engine.tier import SLOTS_MAX, TierMemory
 
 MODES: dict[str, dict[str, str]] = {
     "off": {},
-    "cpu": {"cpu": "3GiB", "nvme": "0"},
+    "cpu": {"cpu": "1GiB", "nvme": "0"},
     "cpu+nvme": {"cpu": "128MiB", "nvme": "4GiB"},
     "all": {"cpu": "128MiB", "nvme": "4GiB"},
 }
@@ -50,7 +53,7 @@ BLOCK_TOKENS = (8, 16, 32, 64)
 SEGMENT_BYTES = 64 << 20
 """The daemon's default: a gpu tier is whole segments."""
 WIDTH = 140
-FRESH_BYTES = 1 << 30
+FILL_BYTES = 24 << 20
 
 
 class Bench:
@@ -79,6 +82,9 @@ class Bench:
                 stack.callback(daemon.stop)
                 daemon.start()
                 about: dict[str, Any] = {"model": self.name, "layout": layout}
+                with Client(daemon.socket, **about) as filler:
+                    fill(filler, layout, size(1, 1 << 40)(settings["cpu"]))
+                daemon.sync()
                 if mode == "all":
                     client = PageClient(daemon.socket, **about, pages_max=SLOTS_MAX, private_pages=pages // PRIVATE_SHARE)
                     memory = TierMemory(layout, client)
@@ -86,7 +92,6 @@ class Bench:
                     memory = CopyingMemory(layout, pages, Client(daemon.socket, **about))
             engine = Engine(self.model, memory, Limits(), frozenset())
             stack.callback(engine.close)
-            touch_memory(FRESH_BYTES)
             return measure(engine, workload, daemon.cpu_seconds if daemon else lambda: 0.0)
 
 
@@ -145,17 +150,16 @@ def plan(bench: Bench, options: argparse.Namespace, modes: list[str]) -> Iterato
             yield from ((reuse, mode, block_tokens) for block_tokens in BLOCK_TOKENS if block_tokens != 16)
 
 
-def touch_memory(size: int) -> None:
-    """Make the machine's free memory really its own, so that no mode pays for that.
+def fill(client: Client, layout: Layout, size: int) -> None:
+    """Fill the cpu tier with other blocks, as a daemon that has run for a while is: measured is what goes on then.
 
-    A hypervisor takes back what a guest has freed; the first touch of 1 MiB then costs over 2 ms of CPU time instead of 0.1,
-    and whoever needs memory first, as a tier that grows does, would be charged with it.
+    An empty tier grows with every block, once in its life. That costs the zeroing of memory, and on a virtual machine whose
+    hypervisor takes back what is free some 2 ms of CPU time a MiB.
     """
-    memory = mmap.mmap(-1, size)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    for start in range(0, size, mmap.PAGESIZE):
-        memory[start] = 1
-    memory.close()
+    blocks = FILL_BYTES // layout.block_bytes
+    pool = np.ones((blocks, layout.block_bytes), np.uint8)
+    for _ in range(0, size, pool.nbytes):
+        client.store(os.urandom(blocks * HASH_BYTES), pool, range(blocks))
 
 
 def middle(rounds: list[Measured]) -> Measured:
