@@ -63,8 +63,8 @@ class Pages:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: all layers and parts."""
-        bytes_all: int = len(self.views) * self.heads * self.tokens * self.row_bytes
-        return bytes_all
+        whole: int = len(self.views) * self.heads * self.tokens * self.row_bytes
+        return whole
 
     def strides_in(self, unit_bytes: int) -> tuple[int, ...]:
         """Strides from page to page, head to head and token to token, in units."""

@@ -38,6 +38,17 @@ class Launch:
             counts[width] = counts.get(width, 0) + 1
         return counts
 
+    def summary(self) -> dict[str, Any]:
+        """All that tests ask about, without the PTX."""
+        return {
+            "name": self.name,
+            "spilled_bytes": self.spilled_bytes,
+            "local_bytes": self.local_bytes,
+            "ld": self.widths("ld"),
+            "st": self.widths("st"),
+            "fetches": sorted({int(size, 16) for size in re.findall(r"cp\.async\.c[ag][^;]*?, 0x(\w+)", self.ptx)}),
+        }
+
 
 class Target:
     """As much of Triton's driver as compiling needs. Each capability is a device, since Triton keeps kernels per device."""

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import torch
 
 from tests.kernels.compile_ahead import compiling
+from tierd_kernels.attention import attend_kernel
 from tierd_kernels.checksum import digest_kernel
 from tierd_kernels.pages import Pages, gather_kernel, scatter_kernel, store_kernel
+from tierd_kernels.quantize import FORMATS, dequantize_kernel, quantize_kernel
 
 CAPABILITIES = (80, 90, 100)
 LAYERS, HEADS, TOKENS, DIM = 2, 8, 16, 128
@@ -25,7 +26,9 @@ def main() -> None:
         with compiling(capability) as launches:
             copies()
             checksums()
-        found[capability] = [asdict(launch) | {"ld": launch.widths("ld"), "st": launch.widths("st")} for launch in launches]
+            quantisation()
+            attention()
+        found[capability] = [launch.summary() for launch in launches]
     print(json.dumps(found))
 
 
@@ -44,6 +47,26 @@ def copies() -> None:
 def checksums() -> None:
     """Of blocks of 64 KiB."""
     digest_kernel(torch.empty(3, 65536, dtype=torch.uint8))
+
+
+def quantisation() -> None:
+    """Every format along vectors, one along tokens."""
+    blocks = torch.empty(2, 2 * LAYERS, HEADS, TOKENS, DIM, dtype=torch.bfloat16)
+    packed = torch.empty(2, 131072, dtype=torch.uint8)
+    for format in FORMATS:
+        for axis in ("dim", "tokens") if TOKENS % format.group == 0 else ("dim",):
+            quantize_kernel(blocks, packed, format, axis)
+            dequantize_kernel(packed, blocks, format, axis)
+
+
+def attention() -> None:
+    """Decode over split keys and a chunk of a prompt, 32 query heads over 8, in bf16; a decode in fp32."""
+    for dtype, new, splits in ((torch.bfloat16, 1, 8), (torch.bfloat16, 64, 1), (torch.float32, 1, 1)):
+        layer = torch.empty(4, 2, TOKENS, HEADS, DIM, dtype=dtype)
+        pages = Pages([layer[:, part].transpose(1, 2) for part in (0, 1)])
+        starts, lengths = torch.tensor([0, new], dtype=torch.int32), torch.tensor([new], dtype=torch.int32)
+        tables = torch.zeros(1, 4, dtype=torch.int32)
+        attend_kernel(torch.empty(new, 4 * HEADS, DIM, dtype=dtype), pages, 0, tables, starts, lengths, new, splits=splits)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import pytest
 from tests.kernels.launches import CAPABILITIES
 
 COPIES = ("_copy", "_copy", "_store")
-KERNELS = (*COPIES, "_sum_chunks", "_chain_sums")
+QUANTISATION = ("_quantize", "_dequantize") * 4
+ATTENTION = ("_attend", "_combine", "_attend", "_attend")
+KERNELS = (*COPIES, "_sum_chunks", "_chain_sums", *QUANTISATION, *ATTENTION)
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +54,24 @@ def test_checksums_read_128_bits_at_a_time(compiled: dict[str, list[dict[str, An
     """The kernel that reads the payloads loads and stores nothing narrower."""
     (launch,) = (launch for launch in compiled[str(capability)] if launch["name"] == "_sum_chunks")
     assert set(launch["ld"]) == set(launch["st"]) == {"128"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_quantisation_moves_128_bits_of_numbers_at_a_time(compiled: dict[str, list[dict[str, Any]]], capability: int) -> None:
+    """Numbers as they are, and packed ones where a group lies along a vector; along tokens the packed side is narrower."""
+    launches = [launch for launch in compiled[str(capability)] if launch["name"] in QUANTISATION]
+    for launch, axis in zip(launches, ["dim"] * 6 + ["tokens"] * 2, strict=True):
+        numbers, packed = ("ld", "st") if launch["name"] == "_quantize" else ("st", "ld")
+        assert set(launch[numbers]) == {"128"}, launch["name"]
+        assert axis == "tokens" or "128" in launch[packed] or "64" in launch[packed], launch["name"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_attention_fetches_keys_and_values_16_bytes_at_a_time(
+    compiled: dict[str, list[dict[str, Any]]], capability: int
+) -> None:
+    """Ahead of their use, past the registers; and out goes 128 bits at a time."""
+    for launch in compiled[str(capability)]:
+        if launch["name"] == "_attend":
+            assert launch["fetches"] == [16]
+            assert "128" in launch["st"]
