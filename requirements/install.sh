@@ -39,7 +39,7 @@ check_torch() {
 }
 
 check_python
-echo "installing pinned packages into $venv (about 1.3 GB; a minute or more)" >&2
+echo "installing pinned packages into $venv (about 2 GB; a minute or more)" >&2
 install_torch
 pip install --no-deps -r "$here/torch.txt" -r "$here/runtime.txt" -r "$here/engine.txt" -r "$here/dev.txt"
 check_torch

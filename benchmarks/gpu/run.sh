@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The gpu tests and the GPU benchmarks, within 8 minutes: what `make gpu` runs.
+#
+#   benchmarks/gpu/run.sh [PYTHON [WHEELS]]
+#
+# With WHEELS, a folder of wheels (torch 2.11 to 2.13 with what it needs, triton 3.6, numpy, xxhash, pytest, pytest-timeout,
+# hypothesis), nothing is downloaded: a virtual environment of its own takes from there what PYTHON does not have. Without,
+# the checkout's own environment is used. Exit status: 0 all well, 1 a test or a measurement failed, 3 no GPU, nothing was run.
+set -euo pipefail
+
+python=${1:-python3}
+wheels=${2:-}
+cd "$(dirname "$0")/../.."
+
+if [ ! -e /dev/nvidiactl ]; then
+    echo "make gpu: there is no NVIDIA GPU on this machine (no /dev/nvidiactl), so nothing was run and nothing can be claimed" >&2
+    exit 3
+fi
+
+if [ -n "$wheels" ]; then
+    "$python" -m venv --system-site-packages .venv-gpu
+    python=.venv-gpu/bin/python
+    for package in torch numpy xxhash pytest pytest_timeout hypothesis; do
+        "$python" -c "import $package" 2>/dev/null ||
+            "$python" -m pip install --quiet --no-index --find-links "$wheels" "${package/_/-}"
+    done
+    # torch asks for the triton that it was built with, the kernels for the one that they were tested with.
+    "$python" -c "import triton, sys; sys.exit(not triton.__version__.startswith('3.6.'))" 2>/dev/null ||
+        "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" "triton==3.6.*"
+else
+    make venv
+    python=.venv/bin/python
+fi
+exec env PYTHONPATH=.:kernels timeout 480 "$python" -m benchmarks.gpu
