@@ -156,8 +156,10 @@ class Scheduler:
                 continue
             assert sequence.lookup is not None
             needed = sequence.blocks(len(sequence.tokens)) - sequence.lookup.blocks
-            if not self._has(needed + self._needed(0)):
-                self._saving = self._crowded = True
+            lacking = needed + self._needed(0)
+            if not self._has(lacking, lacking if self._crowded else self._needed_to_admit()):
+                self._saving = True
+                self._crowded |= self._denied
                 if self._denied:
                     self._give_up_lease(sequence)
                 continue
@@ -325,11 +327,18 @@ class Scheduler:
             needed += max(0, sequence.blocks(last) - len(sequence.table.pages))
         return needed
 
-    def _has(self, pages: int) -> bool:
-        """Whether so many pages are spare; if not, asks for them."""
+    def _needed_to_admit(self) -> int:
+        """Pages for the next tokens of those that run, and of all that have their blocks and may run beside them."""
+        places, ahead = self.limits.running_max - len(self.running), self.memory.layout.block_tokens // 4
+        arrived = [one for one in self.waiting if (found := one.lookup) and found.done and found.ready == found.blocks]
+        new = sum(one.blocks(len(one.tokens) + ahead) - one.lookup.blocks for one in arrived[:places] if one.lookup)
+        return self._needed(ahead) + new
+
+    def _has(self, pages: int, wanted: int = 0) -> bool:
+        """Whether so many pages are spare; if not, asks for them, or for the more that are wanted."""
         if len(self._spare) < pages and self._asked is None:
             urgent = self._denied and not (self.running and self._others_hold_pages())
-            self._asked = self.memory.reserve(pages - len(self._spare), urgent)
+            self._asked = self.memory.reserve(max(pages, wanted) - len(self._spare), urgent)
             self._settle_reservation()
         return len(self._spare) >= pages
 

@@ -180,15 +180,19 @@ class Connection:
         except TierdError:
             pass
 
-    def listen(self, seconds: float) -> None:
-        """Read what comes unasked, for at most `seconds`, unless another thread reads; raises Closed when lost."""
+    def listen(self, seconds: float) -> bool:
+        """Read what comes unasked, for at most `seconds`, unless another thread reads; returns whether anything came, but
+        perhaps not all that did: what comes with descriptors ends a read. Raises Closed when lost.
+        """
+        came = False
         with self._changed:
             reads = not self._reading and self._broken is None
             self._reading = self._reading or reads
         if reads:
-            self._read(seconds)
+            came = self._read(seconds)
         if self._broken is not None:
             raise Closed(self._broken)
+        return came
 
     def close(self, reason: str = "closed by this client") -> None:
         """Break the connection; whoever waits on it is told."""
@@ -250,12 +254,11 @@ class Connection:
                 raise NoAnswer(f"the daemon took nothing for {seconds:g} s")
             sent += send_some(self._socket, [memoryview(data)[sent:]])
 
-    def _read(self, seconds: float) -> None:
+    def _read(self, seconds: float) -> bool:
         """Read once, as the only thread that does; leaves with `_reading` cleared and everybody told."""
-        lost = None
+        lost, came = None, False
         try:
-            if not self._spin(seconds) and self._poll.poll(max(seconds, 0) * 1000):
-                self._receive()
+            came = self._spin(seconds) or bool(self._poll.poll(max(seconds, 0) * 1000) and self._receive())
         except (OSError, TierdError) as error:
             lost = str(error) or repr(error)
         finally:
@@ -264,6 +267,7 @@ class Connection:
                 self._changed.notify_all()
             if lost or self._broken is not None:
                 self.close(lost or "")
+        return came
 
     def _spin(self, seconds: float) -> bool:
         """Look for an answer again and again for as long as waking up would take; returns whether there was one."""

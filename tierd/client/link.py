@@ -61,7 +61,8 @@ class Link:
                 if monotonic_seconds() >= self._tried_at + self._pause:
                     self._connect()
                 return
-            self.connection.listen(0)
+            while self.connection.listen(0):
+                pass
             if self._greeting is not None:
                 self._take_greeting(self.connection)
             elif self._events is not None and self.alive:
