@@ -15,12 +15,12 @@ it can win nothing there, and costs a few microseconds a request and some tens o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
 from math import log2
 from typing import Any
 
 from tierd.block import HASH_BYTES
 from tierd.core.policy import Policy
+from tierd.core.policy.leaves import Draw, Leaves
 from tierd.core.policy.runs import MARK_BYTES, Ghosts, Run, key, marks_of
 from tierd.core.policy.survival import KINDS, OWN_KINDS, Survival, age_bin
 
@@ -46,15 +46,10 @@ class Chd(Policy):
         self.ghosts = Ghosts()
         self._slots = slots
         self._runs: dict[Any, Run] = {}
-        self._below: dict[Any, int] = {}
-        """How many children of a node have something in the tier, themselves or below; 0 is left out."""
-        self._leaves: list[list[tuple[int, int, Any]]] = [[] for _ in range(KINDS)]
-        """Heaps of (order, serial number, node): some are out of date."""
-        self._drawn: list[Any] = []
-        """Nodes that were taken out of the heaps to be evicted, and may still be there."""
+        self._leaves = Leaves(self._runs, KINDS)
         self._heads: dict[Any, Run] = {}
         """Runs of nodes that were just cut off, until they are entered."""
-        self._order = self._serial = self._session = self._requests = self._now = 0
+        self._order = self._session = self._requests = self._now = 0
 
     def __contains__(self, node: Any) -> bool:
         return node in self._runs
@@ -66,55 +61,23 @@ class Chd(Policy):
 
     def coldest(self, new: bytes = b"") -> Iterator[Any]:
         """Nodes from the one on that is worth least, each before its ancestors, up to one worth more than what is new."""
-        for node in self._drawn:
-            if node in self._runs and node not in self._below:
-                self._push(node, self._runs[node])
-        self._drawn.clear()
-        self._compact()
         limit = self._worth_of_new(new)
-        gone: dict[Any, int] = {}
-        seen: set[Any] = set()
-        heads = [self._head(kind, gone, seen) for kind in range(KINDS)]
+        draw = self._leaves.draw()
+        heads = [self._head(draw, kind) for kind in range(KINDS)]
         while (first := min(filter(None, heads), default=None)) and first[0] <= limit:
-            kind = first[2]
-            node = heappop(self._leaves[kind])[2]
-            self._drawn.append(node)
-            seen.add(node)
-            opened = self._open(node, gone)
+            node, kind = first[3], first[2]
+            opened = draw.take(kind)
             yield node
-            heads[kind] = self._head(kind, gone, seen)
+            heads[kind] = self._head(draw, kind)
             if opened is not None:
-                heads[opened] = self._head(opened, gone, seen)
+                heads[opened] = self._head(draw, opened)
 
-    def _head(self, kind: int, gone: dict[Any, int], seen: set[Any]) -> tuple[float, int, int] | None:
-        """What the next leaf of a class is worth, and its order and class."""
-        heap = self._leaves[kind]
-        while heap:
-            order, _, node = heap[0]
-            run = self._runs.get(node)
-            if (
-                run is not None
-                and run.order == order
-                and run.kind == kind
-                and self._below.get(node, 0) == gone.get(node, 0)
-                and node not in seen
-            ):
-                worth = self.survival.worth
-                return (worth[kind][age_bin(self._now - run.last)] if worth else 0.0), order, kind
-            heappop(heap)
-        return None
-
-    def _open(self, node: Any, gone: dict[Any, int]) -> int | None:
-        """A node is about to go: the class of the ancestor that becomes a leaf by that."""
-        while (parent := node.parent).parent is not None:
-            gone[parent] = gone.get(parent, 0) + 1
-            if gone[parent] < self._below[parent]:
-                return None
-            if run := self._runs.get(parent):
-                self._push(parent, run)
-                return run.kind
-            node = parent
-        return None
+    def _head(self, draw: Draw, kind: int) -> tuple[float, int, int, Any] | None:
+        """What the first leaf of a class is worth, its order, its class and itself."""
+        if (node := draw.first(kind)) is None:
+            return None
+        run, worth = self._runs[node], self.survival.worth
+        return (worth[kind][age_bin(self._now - run.last)] if worth else 0.0), run.order, kind, node
 
     def _worth_of_new(self, new: bytes) -> float:
         if new and self.survival.worth and (run := self.ghosts.get(new[:MARK_BYTES])):
@@ -152,8 +115,8 @@ class Chd(Policy):
             self.ghosts.refresh(run)
         for node, run in known:
             self._read(run, session, turn, weight, now)
-            if node in self._runs and node not in self._below:
-                self._push(node, run)
+            if node in self._runs:
+                self._leaves.place(node)
         if last:
             last.ends = True
         self._bound()
@@ -170,9 +133,8 @@ class Chd(Policy):
                 kind = own_kind(run.turn, turn)
                 self.survival.change(run.kind, kind, run.last, run.blocks * run.weight, run.blocks * run.weight)
                 run.kind = kind
-        for node, run in nodes:
-            if node not in self._below:
-                self._push(node, run)
+        for node, _ in nodes:
+            self._leaves.place(node)
 
     def _read(self, run: Run, session: int, turn: int, weight: float, now: int) -> None:
         age = now - run.last
@@ -215,17 +177,14 @@ class Chd(Policy):
         run = self._heads.pop(node, None) or self._take(node.hashes, node.last_use)
         run.order = self._order = self._order + 1
         self._runs[node] = run
-        if node not in self._below:
-            self._rise(node)
-            self._push(node, run)
+        self._leaves.enter(node)
 
     def touch(self, nodes: Sequence[Any]) -> None:
         """Make nodes the most recently used, the last one most, without a request for them."""
         for node in nodes:
             if run := self._runs.get(node):
                 run.order = self._order = self._order + 1
-                if node not in self._below:
-                    self._push(node, run)
+                self._leaves.place(node)
 
     def remove(self, node: Any) -> None:
         """Take a node out: it is a ghost now."""
@@ -233,8 +192,7 @@ class Chd(Policy):
         weight = run.weight * len(node)
         self.survival.change(run.kind, run.kind, run.last, run.weight * run.blocks, weight)
         self._haunt(run, marks_of(node.hashes))
-        if node not in self._below:
-            self._sink(node)
+        self._leaves.leave(node)
 
     def trimmed(self, node: Any, keep: int) -> None:
         """A node is about to lose all but its first `keep` blocks."""
@@ -252,27 +210,17 @@ class Chd(Policy):
         if run and is_entered:
             self._heads[head] = run.part(len(head))
             run.blocks -= len(head)
-        if run or node in self._below:
-            self._below[head] = 1
+        self._leaves.split(node, head)
 
     def join(self, nodes: Sequence[Any]) -> None:
         """A line of only children, the first on top, is about to be the first one."""
-        below = self._below.get(nodes[-1], 0)
-        runs = [run for node in nodes if (run := self._runs.pop(node, None))]
-        for node in nodes:
-            self._below.pop(node, None)
-        if not runs:
-            return
-        run = runs[0]
-        for other in runs[1:]:
-            self._absorb(run, other)
-        run.ends, run.behind = runs[-1].ends, runs[-1].behind
-        run.order = max(other.order for other in runs)
-        self._runs[nodes[0]] = run
-        if below:
-            self._below[nodes[0]] = below
-        else:
-            self._push(nodes[0], run)
+        if runs := [run for node in nodes if (run := self._runs.pop(node, None))]:
+            run = self._runs[nodes[0]] = runs[0]
+            for other in runs[1:]:
+                self._absorb(run, other)
+            run.ends, run.behind = runs[-1].ends, runs[-1].behind
+            run.order = max(other.order for other in runs)
+        self._leaves.join(nodes)
 
     def alike(self, above: Any, node: Any) -> bool:
         """Whether a node and its only child may be one."""
@@ -330,46 +278,6 @@ class Chd(Policy):
             marks += behind.marks
             run.ends, run.behind = behind.ends, behind.behind
         self.ghosts.put(run, marks)
-
-    # -- leaves -------------------------------------------------------------------------------------------------------
-
-    def _push(self, node: Any, run: Run) -> None:
-        self._serial += 1
-        heappush(self._leaves[run.kind], (run.order, self._serial, node))
-
-    def _compact(self) -> None:
-        """Make the heaps anew when most of what is in them is out of date."""
-        if sum(map(len, self._leaves)) <= 4 * len(self._runs) + 1024:
-            return
-        for heap in self._leaves:
-            heap.clear()
-        for node, run in self._runs.items():
-            if node not in self._below:
-                self._serial += 1
-                self._leaves[run.kind].append((run.order, self._serial, node))
-        for heap in self._leaves:
-            heapify(heap)
-
-    def _rise(self, node: Any) -> None:
-        """A node has something in the tier now: so have its ancestors below them."""
-        while (parent := node.parent).parent is not None:
-            had = self._below.get(parent, 0)
-            self._below[parent] = had + 1
-            if had or parent in self._runs:
-                return
-            node = parent
-
-    def _sink(self, node: Any) -> None:
-        """A node has nothing in the tier any more, neither itself nor below."""
-        while (parent := node.parent).parent is not None:
-            if left := self._below[parent] - 1:
-                self._below[parent] = left
-                return
-            del self._below[parent]
-            if run := self._runs.get(parent):
-                self._push(parent, run)
-                return
-            node = parent
 
 
 def own_kind(turn: int, hint: str | None) -> int:

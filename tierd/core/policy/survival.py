@@ -27,9 +27,10 @@ HALF_LIFE_MS = 2 * 3600 * 1000
 RESCALE_HALF_LIVES = 64
 PRIOR_RATE = 0.3
 """Expected reads per second of a block that was read `a` seconds ago, times (a + 1), as long as nothing is known."""
-TRUST = 8.0
+TRUST = 16.0
 """Weight of spells that counts as much as what a class leans on."""
-SMOOTHING = np.array([1, 2, 3, 2, 1]) / 9
+SMOOTHING = np.array([1, 2, 3, 4, 3, 2, 1]) / 16
+"""Over an octave of age to either side."""
 EVENTS_MIN = 16.0
 """Weight of ended spells below which nothing was learnt."""
 
@@ -152,7 +153,7 @@ def hazards(ended: Floats, cut: Floats) -> Floats:
     that ended there and of those that were cut off there.
     """
     both = (ended + cut)[:, ::-1].cumsum(1)[:, ::-1]
-    risk = both - cut / 2
+    ended, risk = _smooth(ended), _smooth(both - cut / 2)
     everything = _lean(ended.sum(0), risk.sum(0), _PRIOR)
     groups = np.arange(KINDS) // GROUP_KINDS
     groups[OWN_KINDS:] = groups[OWN_KINDS]
@@ -160,15 +161,20 @@ def hazards(ended: Floats, cut: Floats) -> Floats:
     for group in range(groups[-1] + 1):
         mine = groups == group
         chances[mine] = _lean(ended[mine], risk[mine], _lean(ended[mine].sum(0), risk[mine].sum(0), everything))
-    reach = len(SMOOTHING) // 2
-    padded = np.pad(np.log(np.clip(chances, 1e-9, 0.999)), ((0, 0), (reach, reach)), "edge")
-    smooth: Floats = np.sum([weight * padded[:, at : at + BINS] for at, weight in enumerate(SMOOTHING)], axis=0)
-    return np.exp(smooth)
+    return np.clip(chances, 1e-9, 0.999)
 
 
 def _lean(ended: Floats, risk: Floats, on: Floats) -> Floats:
     chances: Floats = (ended + TRUST * on) / (risk + TRUST)
     return chances
+
+
+def _smooth(counts: Floats) -> Floats:
+    """Weights that are spread over neighbouring ages. Counts, not chances: where few spells end, chances are zeros and ones."""
+    reach = len(SMOOTHING) // 2
+    padded = np.pad(counts, ((0, 0), (reach, reach)), "edge")
+    spread: Floats = np.sum([weight * padded[:, at : at + BINS] for at, weight in enumerate(SMOOTHING)], axis=0)
+    return spread
 
 
 def gittins(chances: Floats) -> Floats:
