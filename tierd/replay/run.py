@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tierd.clock import monotonic_seconds
+from tierd.core.policies import POLICIES as NAMES
 from tierd.core.policy.opt import best, next_uses
 from tierd.errors import Invalid
 from tierd.replay.shelf import Shelf
 from tierd.replay.trace import Trace
 
 Row = dict[str, Any]
-POLICIES = ("lru", "lfu", "chd", "arc", "s3fifo", "opt")
 OPT = "opt"
+POLICIES = (*NAMES, OPT)
 REQUESTS_BETWEEN_REPORTS = 64
 
 

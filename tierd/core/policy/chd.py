@@ -32,6 +32,8 @@ REQUEST_WEIGHT = 4.0
 LOST_BLOCKS_MAX = 3
 """A request goes on from an earlier one if it has all but so many of its blocks."""
 FAN_OUT_MAX = 2
+MARGIN = 0.9
+"""A block that is there stays if it is worth this share of a new one: estimates are rough, and a write is not free."""
 TURNS_OF_KIND = (0, 0, 1, 2, 2, 2, 3)
 """Turns 1, 2, 3 to 5, and more."""
 HINTS = {"tool_use": 1, "end_turn": 2, "stop": 2}
@@ -64,7 +66,7 @@ class Chd(Policy):
         limit = self._worth_of_new(new)
         draw = self._leaves.draw()
         heads = [self._head(draw, kind) for kind in range(KINDS)]
-        while (first := min(filter(None, heads), default=None)) and first[0] <= limit:
+        while (first := min(filter(None, heads), default=None)) and first[0] < limit:
             node, kind = first[3], first[2]
             opened = draw.take(kind)
             yield node
@@ -81,7 +83,7 @@ class Chd(Policy):
 
     def _worth_of_new(self, new: bytes) -> float:
         if new and self.survival.worth and (run := self.ghosts.get(new[:MARK_BYTES])):
-            return self.survival.worth[run.kind][0]
+            return self.survival.worth[run.kind][0] * MARGIN
         return float("inf")
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -154,10 +156,12 @@ class Chd(Policy):
         if before is None:
             return None
         children = node.children or {} if node is not None else {}
+        if len(children) > FAN_OUT_MAX:
+            return None
         if lost is None and before.ends and len(children) < FAN_OUT_MAX:
             return before
         for run in [lost] if lost else [self._runs.get(child) for child in children.values()]:
-            if len(children) <= FAN_OUT_MAX and run and run.ends and run.blocks <= LOST_BLOCKS_MAX:
+            if run and run.ends and run.blocks <= LOST_BLOCKS_MAX:
                 return run
         return None
 
