@@ -67,9 +67,9 @@ class Arc(Placed):
         super().add(node)
         slots, (once, again) = self._slots(), self._ghosts
         while self.sizes[ONCE] + once.blocks > slots and len(once):
-            once.pop_oldest()
+            once.forget_oldest()
         while sum(self.sizes) + once.blocks + again.blocks > 2 * slots and len(again):
-            again.pop_oldest()
+            again.forget_oldest()
 
     def cuts(self, node: Any, hashes: bytes) -> Sequence[int]:
         """What comes again is cut from what is new."""

@@ -45,7 +45,7 @@ class Chd(Policy):
 
     def __init__(self, slots: Callable[[], int]) -> None:
         self.survival = Survival()
-        self.ghosts = Ghosts()
+        self.ghosts = Ghosts(self._lose)
         self._slots = slots
         self._runs: dict[Any, Run] = {}
         self._leaves = Leaves(self._runs, KINDS)
@@ -109,7 +109,6 @@ class Chd(Policy):
         last = before
         if at * MARK_BYTES < len(marks):
             last = Run(0, now, session, turn, own_kind(turn, None), weight)
-            last.order = self._order = self._order + 1
             self.ghosts.put(last, marks[at * MARK_BYTES :])
             self.survival.begin(last.kind, now, last.blocks * weight)
         for run in runs:
@@ -148,7 +147,8 @@ class Chd(Policy):
         run.session, run.turn, run.last = session, turn, now
         run.kind = shared_kind(run.interval) if run.shared else own_kind(turn, None)
         run.weight = 1.0 if run.shared else weight
-        run.order = self._order = self._order + 1
+        if not run.marks:
+            run.order = self._order = self._order + 1
         self.survival.begin(run.kind, now, run.blocks * run.weight)
 
     def _continued(self, before: Run | None, lost: Run | None, node: Any) -> Run | None:
@@ -171,8 +171,11 @@ class Chd(Policy):
     def _bound(self) -> None:
         most = max(GHOST_TURNS * self._slots(), GHOSTS_MIN)
         while self.ghosts.blocks > most and len(self.ghosts) > 1:
-            run = self.ghosts.pop_oldest()
-            self.survival.lose(run.kind, run.last, run.blocks * run.weight, self._now)
+            self.ghosts.forget_oldest()
+
+    def _lose(self, run: Run) -> None:
+        """Nobody will see how long these blocks wait."""
+        self.survival.lose(run.kind, run.last, run.blocks * run.weight, self._now)
 
     # -- what happens to nodes ----------------------------------------------------------------------------------------
 

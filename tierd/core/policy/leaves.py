@@ -131,6 +131,10 @@ class Draw:
             heappop(heap)
         return None
 
+    def place(self, node: Any) -> None:
+        """A leaf of this draw has another place."""
+        self._push(node, self._places[node])
+
     def take(self, kind: int) -> int | None:
         """Take the first leaf of a class; returns the class of the node that is a leaf now because of it."""
         node = heappop(self._heaps[kind])[2]

@@ -6,6 +6,7 @@ A ghost has no more of its blocks' names than 8 bytes of each hash: it is eviden
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,11 @@ def marks_of(hashes: bytes) -> bytes:
 
 
 class Ghosts:
-    """Runs that are not in the tier, the oldest first, by the mark of their first block."""
+    """Runs that are not in the tier, the oldest first, by the mark of their first block; `lost` hears of what is forgotten."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: Callable[[Run], None] = lambda run: None) -> None:
         self.blocks = 0
+        self._lost = lost
         self._runs: OrderedDict[bytes, Run] = OrderedDict()
 
     def __len__(self) -> int:
@@ -82,7 +84,10 @@ class Ghosts:
 
     def put(self, run: Run, marks: bytes) -> None:
         """A run that has left the tier, or never was in it."""
-        run.marks = marks
+        if orphan := self._runs.get(marks[:MARK_BYTES]):  # what it hung below was forgotten before
+            self.pop(orphan)
+            self._lost(orphan)
+        run.marks, run.order = marks, 0
         run.blocks = len(marks) // MARK_BYTES
         self.blocks += run.blocks
         self._runs[marks[:MARK_BYTES]] = run
@@ -92,11 +97,11 @@ class Ghosts:
         del self._runs[run.marks[:MARK_BYTES]]
         self.blocks -= run.blocks
 
-    def pop_oldest(self) -> Run:
+    def forget_oldest(self) -> None:
         """Forget the run that has been here longest."""
         run = next(iter(self._runs.values()))
         self.pop(run)
-        return run
+        self._lost(run)
 
     def refresh(self, run: Run) -> None:
         """A run was asked for."""

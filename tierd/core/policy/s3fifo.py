@@ -57,7 +57,7 @@ class S3Fifo(Placed):
         if kind == SMALL:
             haunt(self._ghosts, hashes)
             while self._ghosts.blocks > self._slots() * GHOST_SHARE and len(self._ghosts) > 1:
-                self._ghosts.pop_oldest()
+                self._ghosts.forget_oldest()
 
     def coldest(self, new: bytes = b"") -> Iterator[Any]:
         """Nodes from the first on that were not used; what is new is always let in."""
@@ -73,11 +73,12 @@ class S3Fifo(Placed):
                 return
             spot = self.spots[node]
             if kind == SMALL and spot.uses >= USES_TO_MOVE:
-                spot.order, spot.uses = self.next(), 0
                 self.move(node, MAIN)
+                spot.order, spot.uses = self.next(), 0
+                draw.place(node)
             elif kind == MAIN and spot.uses:
                 spot.order, spot.uses = self.next(), min(spot.uses, USES_MAX) - 1
-                self.move(node, MAIN)
+                draw.place(node)
             else:
                 draw.take(kind)
                 taken[kind] += len(node)

@@ -98,7 +98,7 @@ class Survival:
             return
         ring = self._open[kind]
         if ring is None:
-            ring = self._open[kind] = array("d", bytes(8 * EPOCHS))
+            ring = self._open[kind] = array("f", bytes(4 * EPOCHS))
         ring[epoch % EPOCHS] += scaled
 
     def _advance(self, epoch: int, now: int) -> None:
@@ -144,7 +144,7 @@ class Survival:
         at = (self._epoch - np.arange(EPOCHS)) % EPOCHS
         for kind, ring in enumerate(self._open):
             if ring is not None:
-                found[kind] += np.bincount(_EPOCH_BINS, np.frombuffer(ring)[at], BINS)
+                found[kind] += np.bincount(_EPOCH_BINS, np.frombuffer(ring, np.float32)[at], BINS)
         return np.maximum(found, 0.0)
 
 
