@@ -7,8 +7,9 @@ STAMP := $(VENV)/installed
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
 WHEELS ?=
+TRACES ?=
 
-.PHONY: demo test check bench gpu quantisation oracle torture venv clean
+.PHONY: demo test check bench gpu quantisation policies oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -30,6 +31,9 @@ gpu:  ## kernels on an NVIDIA GPU: tests and benchmarks; WHEELS=folder: offline,
 
 quantisation: $(STAMP) $(MODEL)/fetched  ## what quantised KV costs: the figures of docs/quantisation.md
 	OMP_WAIT_POLICY=PASSIVE $(RUN) benchmarks.quantisation
+
+policies: $(STAMP)  ## every policy on the traces TRACES="file ...": tables and plots of docs/policies.md
+	$(RUN) benchmarks.policies $(TRACES)
 
 oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle

@@ -19,7 +19,8 @@ Chains can be entered in the middle (`parent`) through a Table of hash fragments
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.plan import Hint, any_of, any_true
+from tierd.core.policy import Policy
 from tierd.core.policy.lru import Lru
 from tierd.core.table import Cells, Table
 
@@ -84,9 +86,9 @@ class Index:
     `seed` makes the secret keys of the table of hashes.
     """
 
-    def __init__(self, tiers: int, seed: int = 0) -> None:
+    def __init__(self, tiers: int, seed: int = 0, orders: Sequence[Policy] | None = None) -> None:
         self.tiers = tiers
-        self.orders = [Lru() for _ in range(tiers)]
+        self.orders: Sequence[Policy] = orders or [Lru() for _ in range(tiers)]
         self.table = Table(seed)
         self.blocks = 0
         self.touched: dict[Node, None] = {}
@@ -170,14 +172,26 @@ class Index:
         """Hang blocks that are not in the tree (slots: int32[tiers, n]) below the *last* block of `node`, which was
         just touched; returns the node they are in.
 
-        A leaf that was last used at the same time grows in place; else a child is added.
+        A leaf that was last used at the same time grows in place, if policies find all alike; else a child is added.
         """
+        if any(cuts := [order.cuts(node, hashes) for order in self.orders]):
+            ends = sorted({*chain.from_iterable(cuts), len(hashes) // HASH_BYTES} - {0})
+            for first, end in pairwise([0, *ends]):
+                grows = first == 0 and not any(0 in some for some in cuts)
+                part = hashes[first * HASH_BYTES : end * HASH_BYTES]
+                node = self._extend(node, part, slots[:, first:end], now, grows)
+            return node
+        return self._extend(node, hashes, slots, now)
+
+    def _extend(self, node: Node, hashes: bytes, slots: Slots, now: int, grows: bool = True) -> Node:
         now = self._latest = max(self._latest, now)
-        if node.parent is not None and not node.children and node.last_use == now:
+        if grows and node.parent is not None and not node.children and node.last_use == now:
             cells = self._enter(hashes, node.id)
             node.hashes += hashes
             node.slots = np.concatenate((node.slots, slots), axis=1)
             node.cells = np.concatenate((node.cells, cells))
+            for order in self.orders:
+                order.grown(node, hashes)
         else:
             node = self.attach(node, hashes, slots.copy(), now)
         self.touched[node] = None
@@ -218,21 +232,26 @@ class Index:
         if node in self.touched:
             self.touched[head] = None
         for order, before, behind in zip(self.orders, head.slots, node.slots, strict=True):
-            if any_true(before >= 0):
+            is_entered = any_true(before >= 0)
+            order.split(node, head, is_entered)
+            if is_entered:
                 order.add(head)  # hotter than its ancestors until the caller has touched them
             if node in order and not any_true(behind >= 0):
                 order.remove(node)
         return head
 
-    def touch(self, pieces: list[Piece], now: int) -> list[Piece]:
+    def touch(self, pieces: list[Piece], now: int, rest: bytes | None = None) -> list[Piece]:
         """Make the blocks of `pieces` (a chain) and all above them the most recently used; returns the pieces as they
         are now.
 
-        The last node is split where the touch ends; neighbours without other children merge.
+        The last node is split where the touch ends; neighbours without other children merge. `rest` are the hashes of the
+        blocks behind that a request also wants; None: there is no request.
         """
-        if not pieces:
-            return []
         now = self._latest = max(self._latest, now)
+        if not pieces:
+            for order in self.orders if rest else ():
+                order.asked((), rest or b"", now)
+            return []
         node, start, count = pieces[-1]
         if start + count < len(node):
             node = self.split(node, start + count)
@@ -243,7 +262,10 @@ class Index:
             member.uses += 1
             self.touched[member] = None
         for order in self.orders:
-            order.touch(path)
+            if rest is None:
+                order.touch(path)
+            else:
+                order.asked(path, rest, now)
         if any(len(member.children or ()) == 1 for member in path[1:]):
             return self._merge(path, pieces)
         return pieces
@@ -254,10 +276,13 @@ class Index:
         """
         groups = [[path[-1]]]
         for node in path[-2::-1]:
-            if len(groups[-1][-1].children or ()) == 1:
+            above = groups[-1][-1]
+            if len(above.children or ()) == 1 and all(order.alike(above, node) for order in self.orders):
                 groups[-1].append(node)
             else:
                 groups.append([node])
+        if len(groups) == len(path):
+            return pieces
         place: dict[Node, tuple[Node, int]] = {}
         for group in groups:
             shift = 0
@@ -284,6 +309,8 @@ class Index:
                 self.table.reassign(node.cells, node.hashes, node.id, largest.id)
         if largest is not top:
             self._swap_ids(top, largest)
+        for order in self.orders:
+            order.join(group)
         top.hashes = b"".join([node.hashes for node in group])
         top.slots = np.concatenate([node.slots for node in group], axis=1)
         top.cells = np.concatenate([node.cells for node in group])
@@ -322,6 +349,8 @@ class Index:
                 dropped.append((node.cells[keep:], node.hashes[keep * HASH_BYTES :], node.id))
                 self.blocks -= len(node) - keep
                 if keep:
+                    for order in self.orders:
+                        order.trimmed(node, keep)
                     node.hashes, node.slots = node.hashes[: keep * HASH_BYTES], node.slots[:, :keep].copy()
                     node.cells = node.cells[:keep].copy()
                     break

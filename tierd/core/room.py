@@ -23,17 +23,19 @@ QUANTUM = 1024
 class Room:
     """Takes slots of any tier for new blocks, and counts what had to go: clean (another tier has it) or drop."""
 
-    def __init__(self, index: Index, ladder: Ladder, counters: Counter[tuple[str, ...]]) -> None:
+    def __init__(self, index: Index, ladder: Ladder, counters: Counter[tuple[str, ...]], quantum: int = QUANTUM) -> None:
+        self._quantum = quantum
         self._index, self._ladder, self._pools, self._counters = index, ladder, ladder.pools, counters
 
-    def take(self, tier: int, count: int, behind: Node | None = None) -> Slots:
+    def take(self, tier: int, count: int, behind: Node | None = None, new: bytes = b"") -> Slots:
         """Up to `count` slots to fill (int32), evicting if need be; fewer only when nothing more may go.
 
-        `behind` is the node that the new blocks will follow: it and its ancestors are spared.
+        `behind` is the node that the new blocks will follow: it and its ancestors are spared. With
+        the hashes of what is `new`, nothing goes that the tier's policy finds worth more.
         """
         pool = self._pools[tier]
         if pool.free < count:
-            self._evict(tier, max(count - pool.free, min(QUANTUM, pool.slots // 32)), behind)
+            self._evict(tier, max(count - pool.free, min(self._quantum, pool.slots // 32)), behind, new)
         return pool.take(count)
 
     def vacate(self, tier: int, ordinal: int) -> None:
@@ -58,7 +60,7 @@ class Room:
                 pool.retire(self._index.clear(tier, node, offsets))
         self._index.trim(gone)
 
-    def _evict(self, tier: int, count: int, behind: Node | None) -> None:
+    def _evict(self, tier: int, count: int, behind: Node | None, new: bytes) -> None:
         """Free at least `count` slots, if that many may go."""
         order, pool = self._index.orders[tier], self._pools[tier]
         path = set(self._index.path(behind)) if behind is not None else set()
@@ -66,7 +68,7 @@ class Room:
         emptied: list[Node] = []
         trimmed: list[Node] = []
         taken = clean = 0
-        for node in order.coldest():
+        for node in order.coldest(new):
             row = node.slots[tier]
             offsets = self._victims(node, tier, node in path)[taken - count :]
             if not len(offsets):

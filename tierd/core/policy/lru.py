@@ -12,8 +12,10 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tierd.core.policy import Policy
 
-class Lru:
+
+class Lru(Policy):
     """One tier's nodes, coldest first. Every operation is O(1)."""
 
     __slots__ = ("_order",)
@@ -44,6 +46,6 @@ class Lru:
         """Take a node out."""
         del self._order[node]
 
-    def coldest(self) -> Iterator[Any]:
-        """Nodes from the coldest on; do not change the order while iterating."""
+    def coldest(self, new: bytes = b"") -> Iterator[Any]:
+        """Nodes from the coldest on; do not change the order while iterating. What is new is always worth more."""
         return iter(self._order)
