@@ -8,6 +8,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,12 @@ def as_nobody(work: Callable[[], None]) -> None:
 
 
 def memory_descriptors(pid: int) -> int:
-    """How many descriptors of memory a process has."""
-    return sum(os.readlink(path).startswith("/memfd:") for path in Path(f"/proc/{pid}/fd").iterdir())
+    """How many memfds a process has open; others may be closed while we look."""
+    count = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += os.readlink(path).startswith("/memfd:")
+    return count
 
 
 def test_the_sixty_fifth_session_of_a_namespace_is_busy(daemon: Daemon) -> None:
