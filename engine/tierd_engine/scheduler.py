@@ -330,9 +330,9 @@ class Scheduler:
     def _needed_to_admit(self) -> int:
         """Pages for the next tokens of those that run, and of all that have their blocks and may run beside them."""
         places, ahead = self.limits.running_max - len(self.running), self.memory.layout.block_tokens // 4
-        arrived = [one for one in self.waiting if (found := one.lookup) and found.done and found.ready == found.blocks]
-        new = sum(one.blocks(len(one.tokens) + ahead) - one.lookup.blocks for one in arrived[:places] if one.lookup)
-        return self._needed(ahead) + new
+        looked = [(one, one.lookup) for one in self.waiting if one.lookup is not None]
+        arrived = [(one, found) for one, found in looked if found.done and found.ready == found.blocks][:places]
+        return self._needed(ahead) + sum(one.blocks(len(one.tokens) + ahead) - found.blocks for one, found in arrived)
 
     def _has(self, pages: int, wanted: int = 0) -> bool:
         """Whether so many pages are spare; if not, asks for them, or for the more that are wanted."""

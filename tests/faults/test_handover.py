@@ -80,10 +80,13 @@ def test_half_a_segment_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_stopped_engine_does_not_cost_its_namespace_all_blocks(short_path: Path) -> None:
     """Another namespace waits in vain for memory that only stopped processes map: two segments of six go, whatever it asks."""
     with House(short_path, cpu__bytes="24MiB", nvme__bytes="0") as house, Puppet(house.socket, model="stopped") as puppet:
-        for _ in range(20):  # on a busy machine segments may come too late for the first time
+
+        def is_full() -> bool:
+            """It maps all six: on a busy machine the last one comes after the first work."""
             puppet.do("work", "mine", 7, 100, 0)
-            if house.wait_ready()["tiers"]["cpu"]["used_bytes"] > 20 << 20:
-                break
+            return bool(house.slots()["ready"] > 5 * 127)
+
+        until(is_full, "the tier is not full of its blocks", seconds=20.0)
         blocks = house.slots()["ready"]
         os.kill(puppet.process.pid, signal.SIGSTOP)
         other = RawClient(house.socket, model="other")
@@ -91,7 +94,6 @@ def test_a_stopped_engine_does_not_cost_its_namespace_all_blocks(short_path: Pat
         for _ in range(2):
             with pytest.raises(Busy):
                 other.ask("store", hashes=chain("other", 8), deadline_ms=2500)
-        assert blocks > 600
         assert blocks - house.slots()["ready"] <= 2 * 127
         os.kill(puppet.process.pid, signal.SIGCONT)
         until(lambda: can_store(other), "the memory of an engine that goes on does not change hands")

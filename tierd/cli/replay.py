@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tierd.cli.status import table
 from tierd.errors import Invalid
 from tierd.replay.progress import Progress
 from tierd.replay.run import OPT, POLICIES, replay, slots_of
@@ -105,10 +106,7 @@ def as_text(trace: Trace, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     )
     yield ""
     titles = ("capacity", "blocks", "policy", "block hits", "token hits", "read", "written", "dead", "ops/s")
-    lines = [titles, *(cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+    yield from table([titles, *(cells(row) for row in rows)], right=range(len(titles)))
     yield ""
     yield "capacity: share of the different blocks; read, written: blocks, of or into the tier; dead: evicted and never read;"
     yield "ops: blocks asked for, entered and evicted; opt: best possible, knowing the future, and free to let nothing in"

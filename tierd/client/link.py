@@ -19,6 +19,7 @@ from tierd.errors import Closed, Gone, Invalid, TierdError
 from tierd.wire.messages import PUSHES, check_values
 
 CONNECT_SECONDS = 0.05
+READS_MAX = 64
 
 
 class Link:
@@ -61,8 +62,9 @@ class Link:
                 if monotonic_seconds() >= self._tried_at + self._pause:
                     self._connect()
                 return
-            while self.connection.listen(0):
-                pass
+            for _ in range(READS_MAX):  # what comes with descriptors ends a read, and what lies behind it is not late
+                if not self.connection.listen(0):
+                    break
             if self._greeting is not None:
                 self._take_greeting(self.connection)
             elif self._events is not None and self.alive:
