@@ -19,6 +19,9 @@ from tierd_engine.text import Text
 NEWEST = 0.2
 IDLE_SECONDS = 0.002
 """How long to sleep when all sequences wait for memory: its answers end the sleep, new requests do not."""
+PAUSE_SHARE, PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.25, 0.001, 0.05
+"""A step that meets a new request waits for its blocks, once, and at most for this share of what the last step took: whoever
+arrives a moment too late waits for a whole step."""
 TOOL_CALL_ENDS = ("</tool_call>", "[/TOOL_CALLS]")
 
 
@@ -33,6 +36,8 @@ class Engine:
         self._positions = getattr(model.config, "max_position_embeddings", None)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._added = 0
+        self.pause_seconds = PAUSE_SECONDS_MIN
+        """How long the next step may wait for the blocks of new requests."""
 
     @property
     def idle(self) -> bool:
@@ -97,17 +102,24 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Compute what the scheduler plans; returns the sequences that have a new token. Sleeps a little if it plans none."""
         began = monotonic_seconds()
-        chunks = self.scheduler.plan(began)
+        self.scheduler.admit(began)
+        while (left := began + self.pause_seconds - monotonic_seconds()) > 0 and self.scheduler.expecting(left):
+            self.memory.wait(left)
+            self.scheduler.admit(monotonic_seconds())
+        chunks = self.scheduler.plan()
         if not chunks:
             self.memory.wait(IDLE_SECONDS)
             return []
+        began = monotonic_seconds()
         prompt_tokens = sum(chunk.count for chunk in chunks if chunk.count > 1)
         complete = self.runner.run(chunks)
         self.scheduler.computed(chunks)
         for chunk, logits in complete:
             self._append(chunk.sequence, chunk.sequence.sampler.pick(logits))
+        took = monotonic_seconds() - began
+        self.pause_seconds = min(max(PAUSE_SHARE * took, PAUSE_SECONDS_MIN), PAUSE_SECONDS_MAX)
         if prompt_tokens > len(chunks):
-            self._measured(prompt_tokens / (monotonic_seconds() - began))
+            self._measured(prompt_tokens / took)
         return [chunk.sequence for chunk, _ in complete]
 
     def settle(self) -> None:

@@ -18,7 +18,7 @@ from operator import attrgetter
 
 from tierd.block import HASH_BYTES
 from tierd.errors import Busy
-from tierd_engine.memory import NAMELESS, Commit, Memory, Reservation
+from tierd_engine.memory import NAMELESS, Commit, Lookup, Memory, Reservation
 from tierd_engine.request import Limits
 from tierd_engine.sequence import BlockTable, Sequence
 
@@ -82,11 +82,24 @@ class Scheduler:
             raise Busy(f"engine: {len(self.waiting)} sequences are waiting already; try again later")
         self.waiting.append(sequence)
 
-    def plan(self, now: float) -> list[Chunk]:
-        """What to compute next; empty when nothing can be. The caller computes it and then calls `computed`."""
+    def admit(self, now: float) -> None:
+        """Take what memory has answered, look up who is new, and let run who can."""
         self.memory.poll()
         self._settle()
         self._admit(now)
+
+    def expecting(self, seconds: float) -> bool:
+        """Whether a sequence that no step has passed over yet may have its blocks, or its pages, within so many seconds."""
+        new = [found for one in self.waiting if not one.passed_over and (found := one.lookup) is not None]
+        return any(
+            self._asked is not None if _all_there(found) else not found.starved and (not found.done or found.seconds <= seconds)
+            for found in new
+        )
+
+    def plan(self) -> list[Chunk]:
+        """What to compute next; empty when nothing can be. The caller computes it and then calls `computed`."""
+        for sequence in self.waiting:
+            sequence.passed_over += sequence.lookup is not None
         chunks = self._decodes()
         chunks += self._prefills(self.limits.chunk_tokens - len(chunks))
         self._reserve_ahead()
@@ -172,7 +185,7 @@ class Scheduler:
             return False
         found = sequence.lookup
         assert found is not None
-        if found.done and found.ready == found.blocks:
+        if _all_there(found):
             if sequence.stale and found.blocks < sequence.blocks_loadable:
                 self._look(sequence)
                 return False
@@ -189,7 +202,6 @@ class Scheduler:
             return self._arrived(sequence, now)
         if sequence.stopped_since is None:
             sequence.stopped_since = now
-        sequence.passed_over += 1
         if self.prefill_tokens_per_second:
             blocks = (found.blocks if found.done else sequence.blocks_loadable) - found.ready
             seconds = max(blocks * sequence.block_tokens / self.prefill_tokens_per_second, PATIENCE_SECONDS)
@@ -331,7 +343,7 @@ class Scheduler:
         """Pages for the next tokens of those that run, and of all that have their blocks and may run beside them."""
         places, ahead = self.limits.running_max - len(self.running), self.memory.layout.block_tokens // 4
         looked = [(one, one.lookup) for one in self.waiting if one.lookup is not None]
-        arrived = [(one, found) for one, found in looked if found.done and found.ready == found.blocks][:places]
+        arrived = [(one, found) for one, found in looked if _all_there(found)][:places]
         return self._needed(ahead) + sum(one.blocks(len(one.tokens) + ahead) - found.blocks for one, found in arrived)
 
     def _has(self, pages: int, wanted: int = 0) -> bool:
@@ -426,3 +438,8 @@ class Scheduler:
                 self.memory.release(table.pages[table.leased :], turn, conversation)
                 table.lookup.release()
         self._leaving = staying
+
+
+def _all_there(found: Lookup) -> bool:
+    """Whether nothing more will come."""
+    return found.done and found.ready == found.blocks

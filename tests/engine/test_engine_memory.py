@@ -145,6 +145,38 @@ def test_a_slow_load_does_not_stall_the_batch(slow: tuple[Engine, SlowClient], t
     assert engine.scheduler.counts.steps_waited == 0
 
 
+def test_a_hit_runs_in_the_step_that_it_arrived_before(slow: tuple[Engine, SlowClient], twins: Twins) -> None:
+    """While another decodes, blocks that take a moment make a step a moment longer, and not the request a step later."""
+    engine, client = slow
+    client.go.set()
+    engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
+    engine.step()
+    [sequence] = engine.add(prompt(160), Sampling(max_tokens=NEW))
+    engine.pause_seconds = 30.0
+    engine.step()
+    assert (sequence.hit_tokens, len(sequence.new_tokens)) == (144, 1)
+    run(engine)
+    twins.oracle.check(prompt(160), sequence.new_tokens, NEW_MAX)
+
+
+def test_a_slow_load_is_waited_for_once(slow: tuple[Engine, SlowClient], twins: Twins) -> None:
+    """The first step after a request has come waits a little for its blocks; the next do not, though it has none yet."""
+    engine, _ = slow
+    [other] = engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
+    engine.step()
+    [sequence] = engine.add(prompt(160), Sampling(max_tokens=NEW))
+    wait, waits = engine.memory.wait, []
+    engine.memory.wait = lambda seconds: [waits.append(seconds), wait(seconds)]
+    for waited in (True, False, False):
+        engine.pause_seconds = 0.05
+        engine.step()
+        assert bool(waits) == waited
+        assert all(seconds <= 0.05 for seconds in waits)
+        waits.clear()
+    assert len(other.new_tokens) == 4 and not sequence.new_tokens
+    engine.memory.wait = wait
+
+
 def test_a_load_that_takes_longer_than_computing_is_given_up(slow: tuple[Engine, SlowClient], twins: Twins) -> None:
     """The request waits as long as computing would take, and then computes; the copy under way harms nobody."""
     engine, _ = slow
