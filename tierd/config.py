@@ -39,6 +39,8 @@ FILE_BYTES_MAX = MIB
 SOCKET_PATH_BYTES_MAX = 107
 MEMORY_DESCRIPTORS, FILE_DESCRIPTORS, SESSION_DESCRIPTORS, DESCRIPTORS_SPARE = 2, 3, 5, 64
 """Of each memory segment, segment file and session (its connections and its process), and of the daemon itself."""
+POLICIES = ("lru", "lfu", "chd")
+"""Orders of eviction that a tier can have."""
 SEGMENT_NAME_BYTES, SESSION_NAME_BYTES = 22, 70
 """The longest names of kept descriptors, each with a separator: a segment has two."""
 
@@ -67,6 +69,7 @@ class Gpu:
     bytes: int = key("0", size(64 * KIB, 1024 * TIB, zero=True))
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     device: str = key("cpu", device)
+    policy: str = key("lru", one_of(*POLICIES))
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Cpu:
     bytes: int = key("1GiB", size(64 * KIB, 1024 * TIB))
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     huge_pages: str = key("auto", one_of("auto", "off", "require"))
+    policy: str = key("lru", one_of(*POLICIES))
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Nvme:
     io_engine: str = key("auto", one_of("auto", "kvikio", "posix"))
     io_threads: int = key(8, count(1, 64))
     write_back: bool = key(True, boolean)
+    policy: str = key("lru", one_of(*POLICIES))
+    admission: str = key("everything", one_of("everything", "second-sight", "policy"))
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
 
 
@@ -366,6 +372,9 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
         if (length := len(os.fsencode(values[dotted]))) > SOCKET_PATH_BYTES_MAX:
             remedy = f"a socket's path has at most {SOCKET_PATH_BYTES_MAX}: set a shorter server.runtime_dir"
             raise Invalid(f"{named(dotted)} has {length} bytes, {remedy}")
+    if values["nvme.admission"] == "policy" and values["nvme.policy"] != "chd":
+        remedy = "only chd knows what to turn away: set nvme.policy = chd, or another admission"
+        raise Invalid(f"{named('nvme.admission')} with {named('nvme.policy')}: {remedy}")
     if values["server.socket"] == values["server.admin_socket"]:
         raise Invalid(f"{named('server.socket')} is also {named('server.admin_socket')}: give them different names")
 

@@ -63,8 +63,9 @@ async def serve(config: Config) -> int:
 
         def space_of(namespace: Namespace) -> Space:
             if namespace.id not in keeper.spaces:
-                policy = config.policy
-                space = Space(namespace, tiers, policy.promotion_window_share, config.nvme.write_back)
+                policies = {"gpu": config.gpu.policy, "cpu": config.cpu.policy, "nvme": config.nvme.policy}
+                window_share, nvme = config.policy.promotion_window_share, config.nvme
+                space = Space(namespace, tiers, window_share, nvme.write_back, policies, nvme.admission)
                 keeper.spaces[namespace.id] = space
             return keeper.spaces[namespace.id]
 

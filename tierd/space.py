@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd import systemd
+from tierd.core.admission import EVERYTHING
 from tierd.core.cache import Cache
 from tierd.core.plan import Transfer
 from tierd.core.pool import Pool
@@ -93,13 +95,29 @@ class Attached:
 class Space:
     """One namespace's cache, arenas and sessions."""
 
-    def __init__(self, namespace: Namespace, tiers: list[Tier], window_share: float, write_back: bool) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        tiers: list[Tier],
+        window_share: float,
+        write_back: bool,
+        policies: Mapping[str, str] = {},
+        admission: str = EVERYTHING,
+    ) -> None:
         self.namespace = namespace
         self.arenas = [Arena(tier, namespace) for tier in tiers]
         pools = {arena.tier.name: arena.pool for arena in self.arenas}
         seed = int.from_bytes(os.urandom(8), "little")
         blocks = max(1, min(TRANSFER_BLOCKS_MAX, TRANSFER_BYTES // namespace.layout.block_bytes))
-        self.cache = Cache(pools, window_share=window_share, transfer_blocks=blocks, write_back=write_back, seed=seed)
+        self.cache = Cache(
+            pools,
+            policies=policies,
+            window_share=window_share,
+            transfer_blocks=blocks,
+            write_back=write_back,
+            admission=admission,
+            seed=seed,
+        )
         self.sessions: dict[int, Attached] = {}
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""

@@ -14,7 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.sim.clients import Client, chain
 from tests.sim.pages import PagedWorld
 from tierd.block import ROOT
+from tierd.core.admission import ADMISSIONS
+from tierd.core.ladder import TIERS
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, Hint, Wait
+from tierd.core.policies import SERVING
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 PICK = st.integers(0, 1 << 16)
@@ -24,11 +27,16 @@ class CacheMachine(RuleBasedStateMachine):
     """Up to three tiers of a few slots, up to four clients, chains over an alphabet of three."""
 
     @initialize(
-        gpu=st.integers(0, 2), upper=st.integers(1, 3), lower=st.integers(0, 4), share=st.sampled_from((0.1, 0.25, 1.0))
+        gpu=st.integers(0, 2),
+        upper=st.integers(1, 3),
+        lower=st.integers(0, 4),
+        share=st.sampled_from((0.1, 0.25, 1.0)),
+        policies=st.fixed_dictionaries({tier: st.sampled_from(SERVING) for tier in TIERS}),
+        admission=st.sampled_from(ADMISSIONS),
     )
-    def start(self, gpu: int, upper: int, lower: int, share: float) -> None:
+    def start(self, gpu: int, upper: int, lower: int, share: float, policies: dict[str, str], admission: str) -> None:
         """An empty cache with one client; sometimes without nvme or without a gpu tier."""
-        self.world = PagedWorld(upper, lower, slots=4, window_share=share, gpu=gpu)
+        self.world = PagedWorld(upper, lower, 4, share, gpu, policies, admission)
         self.world.open(0)
 
     # -- who ----------------------------------------------------------------------------------------------------------

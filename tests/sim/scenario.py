@@ -11,7 +11,10 @@ import random
 from tests.sim.clients import Client, Place, chain
 from tests.sim.pages import Naming, PagedWorld
 from tierd.block import ROOT
+from tierd.core.admission import ADMISSIONS
+from tierd.core.ladder import TIERS
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, Hint, Transfer, Wait
+from tierd.core.policies import SERVING
 
 CLIENTS_MAX = 5
 DEEP_SHARE = 0.1
@@ -34,7 +37,8 @@ class Scenario:
         self.mild = self.dice.random() < 0.3
         lower, gpu = choice((0, 1, 1, 2, 2, 3, 4, 8)), choice((0, 0, 1, 2, 3))
         shape = choice((1, 2, 3, 4)), lower, choice((4, 8, 16)), choice((0.1, 0.25, 0.5, 1.0))
-        self.world = PagedWorld(*shape, gpu=gpu)
+        policies = {tier: choice(SERVING) for tier in TIERS}
+        self.world = PagedWorld(*shape, gpu, policies, choice(ADMISSIONS))
         self.prompts: list[tuple[int, ...]] = []
         self.steps = {
             **{self._read: 12, self._fill: 12, self._lookup: 5, self._load: 8, self._release: 8, self._prefetch: 4},

@@ -9,7 +9,7 @@ under somebody shows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import repeat
 
 import numpy as np
@@ -17,25 +17,41 @@ import numpy as np
 from tests.sim.clients import Claim, Client, Place
 from tests.sim.directories import SOILED, Segment, rows_of
 from tierd.block import HASH_BYTES, ROOT, split
+from tierd.core.admission import EVERYTHING
 from tierd.core.cache import Cache
 from tierd.core.ladder import CLOSED, TIERS
 from tierd.core.plan import MISMATCH, NO_ROOM, OK, PENDING, STORED, Committed, Found, Transfer, Wait
+from tierd.core.policy.chd import Chd
 from tierd.core.pool import FILLING, QUARANTINED, READY, STATES, Pool
 from tierd.core.recovery import recover
 from tierd.errors import Busy, Gone
 
 UPPER, LOWER = 0, 1
 """Places of cpu and nvme in a world without a gpu tier."""
+SETTLED_PER_LESSON = 16
 
 
 class World:
     """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers.
 
     `upper`, `lower` and `gpu` are numbers of segments of cpu, nvme and gpu; without any there is no such tier, but cpu.
+    `policies` are orders of eviction by tier; chd learns more often than it does by itself, or it would learn nothing in a
+    life so short.
     """
 
-    def __init__(self, upper: int = 3, lower: int = 5, slots: int = 8, window_share: float = 0.25, gpu: int = 0) -> None:
+    def __init__(
+        self,
+        upper: int = 3,
+        lower: int = 5,
+        slots: int = 8,
+        window_share: float = 0.25,
+        gpu: int = 0,
+        policies: Mapping[str, str] = {},
+        admission: str = EVERYTHING,
+    ) -> None:
         self.slots, self.window_share, self.now = slots, window_share, 1_000_000
+        self.policies, self.admission = policies, admission
+        self._settled = 0
         sizes = dict(zip(TIERS, (gpu, upper, lower), strict=True))
         self.names = [name for name, count in sizes.items() if count]
         self.tiers = len(self.names)
@@ -181,7 +197,7 @@ class World:
                 if code >= 0:
                     claim.places[at] = self._place(client.tier, code)
         self.settle(evicts={client.tier})
-        if short:
+        if short and not self._may_turn_away(client.tier):
             self._assert_nothing_evictable(client.tier, spared=[*hashes, *self._ancestors(hashes[0])])
         for place in claim.places.values():
             self._take(place)
@@ -320,7 +336,7 @@ class World:
         self._landed: set[tuple[tuple[bytes, int], int]] = set()
         self.segments: list[dict[int, Segment]] = [{} for _ in self.names]
         pools = {name: Pool(self.slots) for name in self.names}
-        self.cache = Cache(pools, window_share=self.window_share, seed=7)
+        self.cache = Cache(pools, policies=self.policies, admission=self.admission, window_share=self.window_share, seed=7)
         for tier, old in enumerate(segments):
             for segment in old.values():
                 self.add_segment(tier, segment)
@@ -355,6 +371,10 @@ class World:
                     segment.directory.begin([at], block, parent)
         self.running += self.cache.planned
         self.cache.planned.clear()
+        self._settled += 1
+        for order in self.cache.index.orders if self._settled % SETTLED_PER_LESSON == 0 else ():
+            if isinstance(order, Chd):
+                order.survival.learn(self.now)
         tree, self.known = self._tree()
         come = {(b, t): slot for b, at in tree.items() for t, slot in at.items() if self.where.get(b, {}).get(t) != slot}
         gone = {(b, t) for b, at in self.where.items() for t in at if t not in tree.get(b, {})}
@@ -412,6 +432,10 @@ class World:
         own = {self.where[block][tier] for block in spared if self.where.get(block, {}).keys() == {tier}}
         idle = set(np.flatnonzero((pool.state == READY) & (pool.users == 0)).tolist()) - own
         assert pool.free == 0 and not idle, f"refused, though {pool.free} slots are free and {len(idle)} evictable"
+
+    def _may_turn_away(self, tier: int) -> bool:
+        """Whether the order of a tier may refuse what is new: chd's, where there is no other tier to choose for itself."""
+        return isinstance(self.cache.index.orders[tier], Chd) and tier + 1 not in self.cache.write_back.queues
 
     def _tree(self) -> tuple[dict[bytes, dict[int, int]], set[bytes]]:
         """What the index says: where each resident block is, and all blocks that it knows."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tierd.config import KEYS, SECTIONS, VARIABLES, Config
+from tierd.config import KEYS, POLICIES, SECTIONS, VARIABLES, Config
+from tierd.core.policies import DEFAULTS, SERVING
 from tierd.errors import Invalid
 
 EXAMPLE = Path(__file__).parents[2] / "systemd/tierd.toml"
@@ -75,6 +76,20 @@ def test_nvme_bytes_of_zero_means_no_disk_tier() -> None:
         load(TIERD_CPU_BYTES="0")
 
 
+def test_the_policies_that_can_be_set_are_those_that_serve() -> None:
+    """The core's names and defaults, which configuration may not import."""
+    config = load()
+    assert POLICIES == SERVING
+    assert {"gpu": config.gpu.policy, "cpu": config.cpu.policy, "nvme": config.nvme.policy} == DEFAULTS
+
+
+def test_only_chd_can_turn_blocks_away() -> None:
+    """Admission by policy is refused beside one that lets everything in."""
+    with pytest.raises(Invalid, match=r"nvme\.admission = policy .* with nvme\.policy = lru .* set nvme\.policy = chd"):
+        load(TIERD_NVME_ADMISSION="policy")
+    assert load(TIERD_NVME_ADMISSION="policy", TIERD_NVME_POLICY="chd").nvme.admission == "policy"
+
+
 def test_domains_map_users_to_names(tmp_path: Path) -> None:
     """A table in TOML and pairs in text mean the same."""
     table = load('[server.domains]\n1000 = "a"\n1001 = "b"', tmp_path=tmp_path)
@@ -100,6 +115,8 @@ def test_domains_map_users_to_names(tmp_path: Path) -> None:
         ),
         ('[cpu]\nhuge_pages = "yes"', r"cpu\.huge_pages = 'yes' must be 'auto' or 'off' or 'require'"),
         ("[nvme]\nwrite_back = 1", r"nvme\.write_back = 1 must be true or false"),
+        ('[cpu]\npolicy = "arc"', r"cpu\.policy = 'arc' must be 'lru' or 'lfu' or 'chd'"),
+        ('[nvme]\nadmission = "some"', r"nvme\.admission = 'some' must be 'everything' or 'second-sight' or 'policy'"),
         ("[nvme]\nio_threads = 0", r"nvme\.io_threads = 0 must be an integer from 1 to 64"),
         ("[nvme]\nio_threads = 1.0", r"nvme\.io_threads = 1\.0 must be an integer"),
         ("[nvme]\nprobe_seconds_max = nan", r"nvme\.probe_seconds_max = nan must be a number from 0\.1 to 600"),

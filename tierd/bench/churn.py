@@ -26,6 +26,7 @@ from tierd.clock import monotonic_seconds
 from tierd.core.cache import Cache
 from tierd.core.index import Index, Piece
 from tierd.core.ladder import Ladder
+from tierd.core.policies import make_orders
 from tierd.core.pool import Pool
 from tierd.core.room import Room
 
@@ -50,15 +51,17 @@ class Tree:
         self.inserted = 0
         self.seconds = 0.0
         self.pools = make_pools(blocks)
-        self.index = Index(len(self.pools))
-        self._room = Room(self.index, Ladder(tiers(self.pools)), Counter())
+        ladder = Ladder(tiers(self.pools))
+        self.index = Index(len(self.pools), orders=make_orders(ladder, {}))
+        self._room = Room(self.index, ladder, Counter())
 
     def store(self, hashes: bytes, now: int) -> None:
         """Enter a prompt: find what is known of it, make it the most recently used, add the rest."""
         started = monotonic_seconds()
-        pieces = self.index.touch(self.index.match(hashes) or [], now)
+        pieces = self.index.match(hashes) or []
+        known = sum([piece.blocks for piece in pieces])
+        pieces = self.index.touch(pieces, now, hashes[known * HASH_BYTES :])
         node = pieces[-1].node if pieces else self.index.root
-        known = sum(piece.blocks for piece in pieces)
         new = len(hashes) // HASH_BYTES - known
         if pieces and node.slots[NVME, pieces[-1].end - 1] < 0:  # nvme is prefix-closed: a hole reaches to the end
             for piece in pieces:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tierd.cli.status import table
 from tierd.errors import Invalid
 from tierd.replay.progress import Progress
-from tierd.replay.run import OPT, POLICIES, replay, slots_of
+from tierd.replay.run import OPT, POLICIES, parse_setting, replay, replay_tiers, slots_of
 from tierd.replay.trace import Trace, read_trace
 
 DEFAULT_POLICIES = "lru,chd,opt"
@@ -37,14 +37,22 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="SHARE,...",
         help=f"tier sizes, as shares of the trace's unique blocks (default: {DEFAULT_CAPACITIES})",
     )
+    parser.add_argument(
+        "--tiers",
+        metavar="cpu=SHARE,nvme=SHARE",
+        help="two tiers instead of one; a policy may then be cpu/nvme or cpu/nvme/admission, such as chd/lru/second-sight",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot hit rates over capacity (needs tierd[replay])")
 
 
 def run(options: Namespace) -> int:
     """Everything is checked before the first request is replayed."""
-    policies = parse_policies(options.policy)
-    shares = parse_capacities(options.capacity)
+    tiers = parse_tiers(options.tiers) if options.tiers else {}
+    policies = parse_policies(options.policy, tiers or ("cpu",))
+    shares = list(tiers.values()) or parse_capacities(options.capacity)
+    if tiers and options.plot:
+        raise Invalid("--plot draws hits over capacity: leave --tiers out")
     if options.plot:
         from tierd.replay.plot import check_plot, plot
 
@@ -54,22 +62,35 @@ def run(options: Namespace) -> int:
         for share in shares:
             slots_of(trace, share)
         requests = len(trace.requests)
-        rows = list(replay(trace, policies, shares, lambda what, done: progress.show(what, done, requests)))
-    print(json.dumps(as_object(trace, rows)) if options.json else "\n".join(as_text(trace, rows)))
+
+        def show(what: str, done: int) -> None:
+            progress.show(what, done, requests)
+
+        rows = list(replay_tiers(trace, policies, tiers, show) if tiers else replay(trace, policies, shares, show))
+    text = as_text_of_tiers if tiers else as_text
+    print(json.dumps(as_object(trace, rows)) if options.json else "\n".join(text(trace, rows)))
     if options.plot:
         plot(options.plot, trace.name, rows)
     return 0
 
 
-def parse_policies(text: str) -> list[str]:
+def parse_policies(text: str, tiers: Iterable[str]) -> list[str]:
     """Names in the order given, opt among them; Invalid when one is unknown."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
-        if name not in POLICIES:
-            raise Invalid(f"--policy {name!r} is unknown: give some of {', '.join(POLICIES)}")
+        if name != OPT:
+            parse_setting(name, tiers)
     if not names:
         raise Invalid(f"--policy names none: give some of {', '.join(POLICIES)}")
     return names if OPT in names else [*names, OPT]
+
+
+def parse_tiers(text: str) -> dict[str, float]:
+    """Shares of cpu and nvme, in this order."""
+    pairs = dict(pair.strip().partition("=")[::2] for pair in text.split(","))
+    if pairs.keys() != {"cpu", "nvme"}:
+        raise Invalid(f"--tiers {text!r}: give a share for each of cpu and nvme, such as cpu=0.01,nvme=0.1")
+    return {tier: parse_capacities(pairs[tier])[0] for tier in ("cpu", "nvme")}
 
 
 def parse_capacities(text: str) -> list[float]:
@@ -110,6 +131,33 @@ def as_text(trace: Trace, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield "capacity: share of the different blocks; read, written: blocks, of or into the tier; dead: evicted and never read;"
     yield "ops: blocks asked for, entered and evicted; opt: best possible, knowing the future, and free to let nothing in"
+
+
+def as_text_of_tiers(trace: Trace, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """For a person, with what each of two tiers did."""
+    asked = f"{len(trace.requests):,} requests ask for {trace.accesses:,} blocks"
+    yield f"{trace.name}: {asked}, {trace.unique_blocks:,} of them different"
+    yield ""
+    titles = ("cpu/nvme/admission", "block hits", "from cpu", "from nvme", "cpu written", "nvme written", "nvme dead", "ops/s")
+    yield from table([titles, *(cells_of_tiers(row) for row in rows)], right=range(1, len(titles)))
+    yield ""
+    yield "written: blocks into a tier; dead: gone from nvme and never read there; opt: the best for one tier as large as both"
+
+
+def cells_of_tiers(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["policy"] == OPT:
+        return (OPT, f"{row['block_hit']:.2%}", "", "", "", "", "", "")
+    cpu, nvme = row["tiers"]["cpu"], row["tiers"]["nvme"]
+    return (
+        row["policy"],
+        f"{row['block_hit']:.2%}",
+        f"{cpu['block_hit']:.2%}",
+        f"{nvme['block_hit']:.2%}",
+        f"{cpu['tier_writes']:,}",
+        f"{nvme['tier_writes']:,}",
+        f"{nvme['dead_writes']:,}",
+        f"{row['block_ops_per_second']:,.0f}",
+    )
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
+from tierd.core.admission import EVERYTHING
 from tierd.core.audit import audit
 from tierd.core.index import Index, Piece
 from tierd.core.ladder import TIERS, Ladder
@@ -50,6 +51,7 @@ from tierd.core.plan import (
     nothing,
     pick,
 )
+from tierd.core.policies import make_orders
 from tierd.core.pool import FILLING, Pool
 from tierd.core.promotion import Promotion
 from tierd.core.publish import parent_piece, positions, publish
@@ -63,28 +65,31 @@ from tierd.errors import Busy, Gone, Invalid
 class Cache:
     """One namespace, over the pools of its tiers by name, top first.
 
-    `window_share` bounds one promotion to a share of the tier that it goes to; without `write_back` nothing goes to nvme;
-    `seed` (secret, 64 bits) keeps clients from aiming at the index's hash table.
+    `policies` names the order of eviction of each tier (default: DEFAULTS); `window_share` bounds one promotion to a share of
+    the tier that it goes to; without `write_back` nothing goes to nvme, with it what `admission` says; `seed` (secret, 64
+    bits) keeps clients from aiming at the index's hash table.
     """
 
     def __init__(
         self,
         pools: Mapping[str, Pool],
         *,
+        policies: Mapping[str, str] = {},
         window_share: float = 0.25,
         transfer_blocks: int = 64,
         write_back: bool = True,
+        admission: str = EVERYTHING,
         seed: int = 0,
     ) -> None:
         self.ladder = ladder = Ladder(pools)
         self.pools = ladder.pools
-        self.index = Index(len(ladder), seed)
+        self.index = Index(len(ladder), seed, make_orders(ladder, policies))
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder)
         self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)
-        self.write_back = WriteBack(self.index, ladder, self._room, self._transfers, self.counters, write_back)
+        self.write_back = WriteBack(self.index, ladder, self._room, self._transfers, self.counters, write_back, admission)
         self.pages = Pages(self.index, self._room, self.write_back, self.counters)
         self._pending: dict[bytes, Lease] = {}
         """Blocks that are being written, with the leases under which they are."""
@@ -169,10 +174,11 @@ class Cache:
         slots, pieces = self._resident(hashes, parent)
         here, blocks = slots[tier], slots.shape[1]
         is_here = here >= 0
+        self._offer_again(hashes, parent, slots)
         tiers = self._attribute(hashes, slots, is_here if tier == 0 else slots[0] >= 0)
+        self.index.touch(pieces, now, hashes[blocks * HASH_BYTES :])
         if not blocks:
             return Found(0, 0, 0, here, tiers)
-        self.index.touch(pieces, now)
         told = blocks
         if is_here.all():
             slots[:tier] = slots[tier + 1 :] = -1
@@ -276,7 +282,8 @@ class Cache:
             codes[wanted[pending]] = PENDING
             wanted = wanted[~pending]
         anchor = self.index.touch(pieces or self._parent_piece(parent), now)
-        taken = self._room.take(session.tier, len(wanted), behind=anchor[-1].node if anchor else None)
+        new_to_all = pick(hashes, wanted) if self._is_last(session.tier) else b""
+        taken = self._room.take(session.tier, len(wanted), anchor[-1].node if anchor else None, new_to_all)
         if len(taken) < len(wanted):
             self.counters["store_short",] += 1
         if not len(taken):
@@ -329,7 +336,7 @@ class Cache:
             return count
         entered = placed[at] == slots
         pool.ready(slots[entered])
-        self.write_back.push(lease.tier, lease.parent, hashes)
+        self.write_back.offer(lease.tier, lease.parent, hashes)
         if entered.all():
             return 0
         pool.give(slots[~entered])
@@ -435,6 +442,18 @@ class Cache:
             if number:
                 self.counters["lookup", tier] += number
         return tiers
+
+    def _offer_again(self, hashes: bytes, parent: bytes, slots: Slots) -> None:
+        """What is read and is not in the prefix-closed tier was turned away before, and is worth more now."""
+        closed = self.ladder.closed
+        if self.write_back.admission.kind != EVERYTHING and closed in self.write_back.queues:
+            above = leading(slots[closed] >= 0)
+            if count := leading(slots[closed - 1, above:] >= 0):
+                self.write_back.offer(closed - 1, parent, hashes[: (above + count) * HASH_BYTES])
+
+    def _is_last(self, tier: int) -> bool:
+        """Whether what this tier turns away is lost: of a tier that feeds one below, it is that one's to choose."""
+        return tier + 1 not in self.write_back.queues
 
     def _parent_piece(self, parent: bytes) -> list[Piece]:
         """The parent of a chain that is new here, as the end of a path to touch; of one that is being written, what is

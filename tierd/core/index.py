@@ -363,6 +363,13 @@ class Index:
                 node = above
         self.table.drop(dropped)
 
+    def hinted(self, node: Node, hint: Hint) -> None:
+        """Why the turn ended whose last block is in `node`, for policies."""
+        node.hint = hint
+        path = list(self.path(node))
+        for order in self.orders:
+            order.hinted(path, b"", hint.turn)
+
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 
     def nodes(self) -> Iterator[Node]:

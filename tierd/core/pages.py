@@ -74,7 +74,7 @@ class Pages:
         if hint.turn:
             self._counters["turn", hint.turn] += 1
         if block and (entry := self._index.find(block)):
-            entry[0].hint = hint
+            self._index.hinted(entry[0], hint)
 
     def _commit(self, session: Session, run: _Run, now: int) -> Slots | None:
         """Name the pages of one chain; returns their codes, or None when the parent is not known."""
@@ -87,7 +87,7 @@ class Pages:
             pool.begin(slots[new], pick(run.hashes, new), pick(run.parents, new))
             pool.ready(slots[new])
             pool.use(slots[new])
-            self._write_back.push(session.tier, run.parents[:HASH_BYTES], run.hashes)
+            self._write_back.offer(session.tier, run.parents[:HASH_BYTES], run.hashes)
         codes: Slots = np.where(reserved & (placed != slots), placed, np.int32(NAMED))
         if len(others := codes[codes >= 0]):
             pool.use(others)

@@ -1,9 +1,10 @@
-"""The policies by name."""
+"""The policies by name, and which tier has which."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from tierd.core.ladder import Ladder
 from tierd.core.policy import Policy
 from tierd.core.policy.arc import Arc
 from tierd.core.policy.chd import Chd
@@ -20,8 +21,18 @@ POLICIES: dict[str, Callable[[Callable[[], int]], Policy]] = {
 }
 SERVING = ("lru", "lfu", "chd")
 """Those that a daemon may use; the others are measures."""
+DEFAULTS = {"gpu": "lru", "cpu": "lru", "nvme": "lru"}
+"""By tier; docs/policies.md has the measurements behind them."""
 
 
 def make_policy(name: str, slots: Callable[[], int]) -> Policy:
     """An empty order for a tier of `slots()` slots."""
     return POLICIES[name](slots)
+
+
+def make_orders(ladder: Ladder, names: Mapping[str, str]) -> list[Policy]:
+    """An empty order for each tier of a ladder, by the names of tiers; those that are not named have the default."""
+    return [
+        make_policy(names.get(tier, DEFAULTS[tier]), lambda pool=pool: pool.slots)  # type: ignore[misc]
+        for tier, pool in zip(ladder.names, ladder.pools, strict=True)
+    ]

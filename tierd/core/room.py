@@ -16,8 +16,9 @@ from tierd.core.index import Index, Node
 from tierd.core.ladder import Ladder
 from tierd.core.plan import Slots, any_of, any_true
 
-QUANTUM = 1024
-"""Evict at least this many at a time (or a 32nd of the tier), so that the cost per block is an array operation's."""
+QUANTUM, QUANTUM_SHARE = 1024, 256
+"""Evict at least this many at a time (or a 256th of the tier), so that the cost per block is an array operation's, and so few
+that a tier of any size holds nearly all that it could."""
 
 
 class Room:
@@ -27,15 +28,15 @@ class Room:
         self._quantum = quantum
         self._index, self._ladder, self._pools, self._counters = index, ladder, ladder.pools, counters
 
-    def take(self, tier: int, count: int, behind: Node | None = None, new: bytes = b"") -> Slots:
+    def take(self, tier: int, count: int, behind: Node | None = None, new: bytes = b"", price: float = 1.0) -> Slots:
         """Up to `count` slots to fill (int32), evicting if need be; fewer only when nothing more may go.
 
-        `behind` is the node that the new blocks will follow: it and its ancestors are spared. With
-        the hashes of what is `new`, nothing goes that the tier's policy finds worth more.
+        `behind` is the node that the new blocks will follow: it and its ancestors are spared. With the hashes of what is
+        `new`, nothing goes that times `price` its tier's policy finds worth more.
         """
         pool = self._pools[tier]
         if pool.free < count:
-            self._evict(tier, max(count - pool.free, min(self._quantum, pool.slots // 32)), behind, new)
+            self._evict(tier, max(count - pool.free, min(self._quantum, pool.slots // QUANTUM_SHARE)), behind, new, price)
         return pool.take(count)
 
     def vacate(self, tier: int, ordinal: int) -> None:
@@ -60,7 +61,7 @@ class Room:
                 pool.retire(self._index.clear(tier, node, offsets))
         self._index.trim(gone)
 
-    def _evict(self, tier: int, count: int, behind: Node | None, new: bytes) -> None:
+    def _evict(self, tier: int, count: int, behind: Node | None, new: bytes, price: float) -> None:
         """Free at least `count` slots, if that many may go."""
         order, pool = self._index.orders[tier], self._pools[tier]
         path = set(self._index.path(behind)) if behind is not None else set()
@@ -68,7 +69,7 @@ class Room:
         emptied: list[Node] = []
         trimmed: list[Node] = []
         taken = clean = 0
-        for node in order.coldest(new):
+        for node in order.coldest(new, price):
             row = node.slots[tier]
             offsets = self._victims(node, tier, node in path)[taken - count :]
             if not len(offsets):

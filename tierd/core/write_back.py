@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
+from tierd.core.admission import POLICY, WRITE_PRICE, Admission
 from tierd.core.index import Index, Node, Piece
 from tierd.core.ladder import Ladder
 from tierd.core.plan import WRITE_BACK, Slots, Transfer, any_of, leading
@@ -82,12 +83,15 @@ class WriteBack:
         transfers: Transfers,
         counters: Counter[tuple[str, ...]],
         closes: bool,
+        admission: str,
     ) -> None:
         self._index, self._ladder, self._pools = index, ladder, ladder.pools
         self._room, self._transfers, self._counters = room, transfers, counters
         lowest = len(ladder) if closes else ladder.closed
         self.queues = {target: Queue() for target in range(1, lowest)}
         """By target."""
+        lower = self._pools[ladder.closed] if ladder.closed < len(ladder) else None
+        self.admission = Admission(admission, lambda: lower.slots if lower else 0)
         self._number = 0
 
     def mark(self) -> int:
@@ -112,6 +116,13 @@ class WriteBack:
         above = sum(pool.slots for pool in self._pools[: tier + 1])
         while queue.blocks > TURNS * above and len(queue) > 1:
             self._counters["write_back_dropped",] += len(queue.pop().hashes) // HASH_BYTES
+
+    def offer(self, tier: int, parent: bytes, hashes: bytes) -> None:
+        """Queue what may come to the tier below of a run that was just stored in `tier`, or read there."""
+        if tier + 1 == self._ladder.closed and tier + 1 in self.queues:
+            hashes = hashes[: self.admission.offered(hashes) * HASH_BYTES]
+        if hashes:
+            self.push(tier, parent, hashes)
 
     def push_all(self) -> None:
         """Queue all that is not below, coldest first (after recovery)."""
@@ -187,14 +198,21 @@ class WriteBack:
         if not count:
             self._counters["write_back_orphans",] += int(wanted.sum())
             return False
-        targets = self._room.take(target, count, behind=path[-1])
+        assert path[0].parent is not None
+        chain = path[0].parent.last_hash + b"".join([node.hashes for node in path])
+        chooses = is_closed and self.admission.kind == POLICY
+        new = chain[(first + 1) * HASH_BYTES : (first + 1 + count) * HASH_BYTES] if chooses else b""
+        targets = self._room.take(target, count, path[-1], new, WRITE_PRICE)
+        if chooses and len(targets) < count:
+            self._counters["write_back_refused",] += int(wanted.sum()) - len(targets)
+            wanted[first + len(targets) :] = False
         if not len(targets):
+            if chooses:
+                return False
             self._counters["write_back_short",] += count
             self.push(target, run.parent, run.hashes, run.number)
             return False
         end = first + len(targets)
-        assert path[0].parent is not None
-        chain = path[0].parent.last_hash + b"".join([node.hashes for node in path])
         if wanted[end:].any():
             rest = run
             if not is_closed:

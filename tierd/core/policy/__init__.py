@@ -31,10 +31,10 @@ class Policy:
         """Take a node out."""
         raise NotImplementedError
 
-    def coldest(self, new: bytes = b"") -> Iterator[Any]:
+    def coldest(self, new: bytes = b"", price: float = 1.0) -> Iterator[Any]:
         """Nodes from the first to go on; do not change the order while iterating.
 
-        With the hashes of blocks that want their place, it ends before a node that is worth more than they are.
+        With the hashes of blocks that want their place, it ends before a node that times `price` is worth more than they are.
         """
         raise NotImplementedError
 

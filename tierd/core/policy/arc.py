@@ -80,7 +80,7 @@ class Arc(Placed):
         """Blocks of a list are ghosts now."""
         haunt(self._ghosts[kind], hashes)
 
-    def coldest(self, new: bytes = b"") -> Iterator[Any]:
+    def coldest(self, new: bytes = b"", price: float = 1.0) -> Iterator[Any]:
         """Nodes from the first on of the list that has more than its room; what is new is always let in."""
         draw, once = self.leaves.draw(), self.sizes[ONCE]
         while True:

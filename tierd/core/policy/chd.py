@@ -15,13 +15,12 @@ it can win nothing there, and costs a few microseconds a request and some tens o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import log2
 from typing import Any
 
 from tierd.block import HASH_BYTES
 from tierd.core.policy import Policy
 from tierd.core.policy.leaves import Draw, Leaves
-from tierd.core.policy.runs import MARK_BYTES, Ghosts, Run, key, marks_of
+from tierd.core.policy.runs import MARK_BYTES, Ghosts, Run, marks_of
 from tierd.core.policy.survival import KINDS, OWN_KINDS, Survival, age_bin
 
 REQUESTS_PER_LESSON = 100
@@ -61,18 +60,20 @@ class Chd(Policy):
 
     # -- eviction -----------------------------------------------------------------------------------------------------
 
-    def coldest(self, new: bytes = b"") -> Iterator[Any]:
+    def coldest(self, new: bytes = b"", price: float = 1.0) -> Iterator[Any]:
         """Nodes from the one on that is worth least, each before its ancestors, up to one worth more than what is new."""
-        limit = self._worth_of_new(new)
+        limit = self._worth_of_new(new) / price
         draw = self._leaves.draw()
-        heads = [self._head(draw, kind) for kind in range(KINDS)]
-        while (first := min(filter(None, heads), default=None)) and first[0] < limit:
-            node, kind = first[3], first[2]
+        heads = {kind: head for kind in self._leaves.kinds() if (head := self._head(draw, kind))}
+        while heads and (first := min(heads.values()))[0] < limit:
+            _, _, kind, node = first
             opened = draw.take(kind)
             yield node
-            heads[kind] = self._head(draw, kind)
-            if opened is not None:
-                heads[opened] = self._head(draw, opened)
+            for changed in (kind,) if opened is None else (kind, opened):
+                if head := self._head(draw, changed):
+                    heads[changed] = head
+                else:
+                    heads.pop(changed, None)
 
     def _head(self, draw: Draw, kind: int) -> tuple[float, int, int, Any] | None:
         """What the first leaf of a class is worth, its order, its class and itself."""
@@ -91,15 +92,15 @@ class Chd(Policy):
     def asked(self, path: Sequence[Any], rest: bytes, now: int) -> None:
         """A request reads the nodes of a path, deepest first, and wants the blocks behind it too."""
         self._now = now
+        known, rest = self._entered(path, rest)
         marks = marks_of(rest)
-        known = [(node, run) for node in path if (run := self._run_of(node))]
         found = self.ghosts.along(marks, 0)
         lost = None
         if found and found[-1][1] < found[-1][0].blocks:
             lost = self.ghosts.cut(*found[-1])
         runs = [run for run, _ in reversed(found)]
         before = runs[0] if runs else known[0][1] if known else None
-        earlier = self._continued(before, lost, path[0] if path and not found else None)
+        earlier = self._continued(before, lost, known[0][0] if known and not found else None)
         if earlier is None:
             self._session += 1
         session, turn = (earlier.session, earlier.turn + 1) if earlier else (self._session, 1)
@@ -111,13 +112,11 @@ class Chd(Policy):
             last = Run(0, now, session, turn, own_kind(turn, None), weight)
             self.ghosts.put(last, marks[at * MARK_BYTES :])
             self.survival.begin(last.kind, now, last.blocks * weight)
+        self._read([*runs, *(run for _, run in known)], session, turn, weight, now)
         for run in runs:
-            self._read(run, session, turn, weight, now)
             self.ghosts.refresh(run)
-        for node, run in known:
-            self._read(run, session, turn, weight, now)
-            if node in self._runs:
-                self._leaves.place(node)
+        for node, _ in known:
+            self._leaves.place(node)
         if last:
             last.ends = True
         self._bound()
@@ -127,8 +126,8 @@ class Chd(Policy):
 
     def hinted(self, path: Sequence[Any], rest: bytes, turn: str | None) -> None:
         """Why the turn ended whose blocks are these: those of its conversation alone are of another class now."""
+        nodes, rest = self._entered(path, rest)
         found = [run for run, _ in self.ghosts.along(marks_of(rest), 0)]
-        nodes = [(node, run) for node in path if (run := self._runs.get(node))]
         for run in found + [run for _, run in nodes]:
             if not run.shared:
                 kind = own_kind(run.turn, turn)
@@ -137,19 +136,28 @@ class Chd(Policy):
         for node, _ in nodes:
             self._leaves.place(node)
 
-    def _read(self, run: Run, session: int, turn: int, weight: float, now: int) -> None:
-        age = now - run.last
-        self.survival.end(run.kind, run.last, run.blocks * run.weight, now)
-        if run.shared:
-            run.interval = (run.interval + age) / 2
-        elif session != run.session:
-            run.shared, run.interval = True, age
-        run.session, run.turn, run.last = session, turn, now
-        run.kind = shared_kind(run.interval) if run.shared else own_kind(turn, None)
-        run.weight = 1.0 if run.shared else weight
-        if not run.marks:
-            run.order = self._order = self._order + 1
-        self.survival.begin(run.kind, now, run.blocks * run.weight)
+    def _read(self, runs: list[Run], session: int, turn: int, weight: float, now: int) -> None:
+        """One request reads runs, the first to go first: their spells end, and new ones begin."""
+        own, end, begun = own_kind(turn, None), self.survival.end, [0.0] * KINDS
+        for run in runs:
+            last, blocks = run.last, run.blocks
+            end(run.kind, last, blocks * run.weight, now)
+            if run.shared:
+                run.interval = interval = (run.interval + now - last) / 2
+            elif session != run.session:
+                interval = float(now - last)
+                run.shared, run.interval = True, interval
+            if run.shared:
+                run.kind, run.weight = shared_kind(interval), 1.0
+            else:
+                run.kind, run.weight = own, weight
+            run.session, run.turn, run.last = session, turn, now
+            if not run.marks:
+                run.order = self._order = self._order + 1
+            begun[run.kind] += blocks * run.weight
+        for kind, total in enumerate(begun):
+            if total:
+                self.survival.begin(kind, now, total)
 
     def _continued(self, before: Run | None, lost: Run | None, node: Any) -> Run | None:
         """The last run of the request that this one goes on from; `lost` of its blocks are not wanted any more."""
@@ -165,8 +173,13 @@ class Chd(Policy):
                 return run
         return None
 
-    def _run_of(self, node: Any) -> Run | None:
-        return self._runs.get(node) or self.ghosts.get(key(node))
+    def _entered(self, path: Sequence[Any], rest: bytes) -> tuple[list[tuple[Any, Run]], bytes]:
+        """Nodes of a path (deepest first) that are in the tier, and the hashes of all that is behind the last of them."""
+        known = [(node, run) for node in path if (run := self._runs.get(node))]
+        if len(known) == len(path):
+            return known, rest
+        below = path[: path.index(known[0][0])] if known else path
+        return known, b"".join([*(node.hashes for node in reversed(below)), rest])
 
     def _bound(self) -> None:
         most = max(GHOST_TURNS * self._slots(), GHOSTS_MIN)
@@ -215,8 +228,9 @@ class Chd(Policy):
         """The first blocks of a node are a node of their own, which is entered next if it is in the tier."""
         run = self._runs.get(node)
         if run and is_entered:
-            self._heads[head] = run.part(len(head))
-            run.blocks -= len(head)
+            blocks = min(run.blocks, len(head))  # fewer where a part was joined that is not in the tier
+            self._heads[head] = run.part(blocks)
+            run.blocks -= blocks
         self._leaves.split(node, head)
 
     def join(self, nodes: Sequence[Any]) -> None:
@@ -295,4 +309,4 @@ def own_kind(turn: int, hint: str | None) -> int:
 
 def shared_kind(interval_ms: float) -> int:
     """The class of blocks that several conversations read, by the time between reads in octaves from 1/4 s."""
-    return OWN_KINDS + min(KINDS - OWN_KINDS - 1, int(log2(interval_ms / 250 + 1)))
+    return OWN_KINDS + min(KINDS - OWN_KINDS, int(interval_ms / 250 + 1).bit_length()) - 1

@@ -61,6 +61,10 @@ class Leaves:
         elif nodes[0] in self._places:
             self._push(nodes[0], self._places[nodes[0]])
 
+    def kinds(self) -> list[int]:
+        """The classes in which there may be leaves."""
+        return [kind for kind, heap in enumerate(self._heaps) if heap]
+
     def draw(self) -> Draw:
         """Begin to take leaves."""
         for node in self._drawn:

@@ -39,7 +39,7 @@ class Lfu(Placed):
         """Used once."""
         return Spot(0, (self._age + 1, self.next()), 1)
 
-    def coldest(self, new: bytes = b"") -> Iterator[Any]:
+    def coldest(self, new: bytes = b"", price: float = 1.0) -> Iterator[Any]:
         """Nodes from the least used on; what is new is always let in."""
         draw = self.leaves.draw()
         while (node := draw.first(0)) is not None:

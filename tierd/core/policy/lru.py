@@ -46,6 +46,6 @@ class Lru(Policy):
         """Take a node out."""
         del self._order[node]
 
-    def coldest(self, new: bytes = b"") -> Iterator[Any]:
+    def coldest(self, new: bytes = b"", price: float = 1.0) -> Iterator[Any]:
         """Nodes from the coldest on; do not change the order while iterating. What is new is always worth more."""
         return iter(self._order)

@@ -59,7 +59,7 @@ class S3Fifo(Placed):
             while self._ghosts.blocks > self._slots() * GHOST_SHARE and len(self._ghosts) > 1:
                 self._ghosts.forget_oldest()
 
-    def coldest(self, new: bytes = b"") -> Iterator[Any]:
+    def coldest(self, new: bytes = b"", price: float = 1.0) -> Iterator[Any]:
         """Nodes from the first on that were not used; what is new is always let in."""
         self._has_evicted = self._has_evicted or bool(new)
         main_max = self._slots() - int(self._slots() * SMALL_SHARE)

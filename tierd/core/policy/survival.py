@@ -76,7 +76,11 @@ class Survival:
     def end(self, kind: int, last: int, weight: float, now: int) -> None:
         """Blocks that were read at `last` are read again."""
         scaled = weight * 2.0 ** ((last - self._base) / HALF_LIFE_MS)
-        self._add(kind, last // EPOCH_MS, -scaled)
+        ring, epoch = self._open[kind], last // EPOCH_MS
+        if ring is not None and epoch > self._epoch - EPOCHS:
+            ring[epoch % EPOCHS] -= scaled
+        else:
+            self._add(kind, epoch, -scaled)
         self._ended[kind][age_bin(now - last)] += scaled
 
     def lose(self, kind: int, last: int, weight: float, now: int) -> None:

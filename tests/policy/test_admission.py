@@ -1,0 +1,139 @@
+"""What comes to nvme: everything, what was seen before, or what its policy wants, and prefix-closed whatever it is."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.sim.clients import chain
+from tierd.cli import USAGE, main
+from tierd.core.admission import ADMISSIONS, SECOND_SIGHT, SEEN_MIN, Admission
+from tierd.core.index import Node
+from tierd.replay.house import House
+from tierd.replay.trace import block_hashes
+
+NVME = 1
+
+
+def line(now: int, ids: list[int]) -> str:
+    """A request of blocks of 16 tokens."""
+    return json.dumps({"timestamp": now, "input_length": 16 * len(ids), "output_length": 1, "hash_ids": ids})
+
+
+def test_second_sight_lets_in_the_head_that_was_seen_before() -> None:
+    """A run is remembered, and the next time its known head may come in, wherever it begins."""
+    admission = Admission(SECOND_SIGHT, lambda: 10)
+    names = block_hashes(40)
+    assert admission.offered(names[:20].tobytes()) == 0
+    assert admission.offered(names[10:30].tobytes()) == 10
+    assert admission.offered(names[5:40].tobytes()) == 25
+
+
+def test_what_is_remembered_is_bounded_and_grows_with_the_tier() -> None:
+    """Eight bytes a place, for four times the tier's blocks; growing forgets next to nothing."""
+    slots = 10
+    admission = Admission(SECOND_SIGHT, lambda: slots)
+    names = block_hashes(1000)
+    admission.offered(names.tobytes())
+    slots = SEEN_MIN
+    seen = sum(admission.offered(name.tobytes()) for name in names)
+    assert seen > 950
+    assert 4 * slots <= len(admission._seen) < 8 * slots
+    for _ in range(20):
+        admission.offered(np.random.default_rng(1).bytes(32 * 50_000))
+    assert len(admission._seen) < 8 * slots
+
+
+@pytest.mark.parametrize("admission", ADMISSIONS)
+@pytest.mark.parametrize("cpu", ["lru", "chd"])
+def test_nvme_is_prefix_closed_whatever_is_let_in(cpu: str, admission: str) -> None:
+    """After every request, in a house that is much too small for its conversations."""
+    dice = random.Random(5)
+    house = House({"cpu": 40, "nvme": 150}, {"cpu": cpu, "nvme": "chd"}, admission)
+    talks = [[number] for number in range(30)]
+    for now in range(600):
+        talk = dice.choice(talks[: 1 + dice.randrange(30)])
+        talk += [dice.getrandbits(30) for _ in range(dice.randint(1, 6))]
+        hashes = b"".join(chain(talk[-40:] if dice.random() < 0.1 else talk[:60]))
+        assert house.request(hashes, now * 3000) <= len(hashes) // 32
+        if now % 20 == 0:
+            house.cache.check()
+            assert all(is_closed(node) for node in house.index.nodes())
+    assert sum(house.hits.values()) > 0 and house.written["nvme"] > 0
+
+
+def is_closed(node: Node) -> bool:
+    """Whether every block of a node in nvme has its parent there."""
+    here = node.slots[NVME] >= 0
+    above = node.parent
+    assert above is not None
+    first = above.parent is None or bool(above.slots[NVME, -1] >= 0)
+    return bool((here <= np.concatenate([[first], here[:-1]])).all())
+
+
+def test_what_is_never_read_again_is_never_written_on_second_sight() -> None:
+    """One-shot prompts cost the disk nothing, and a conversation is there from its second turn on."""
+    writes = {}
+    for admission in ("everything", SECOND_SIGHT):
+        house = House({"cpu": 30, "nvme": 400}, {}, admission)
+        hits = 0
+        for turn in range(20):
+            hits = house.request(b"".join(chain([7, *range(100, 110)])), turn * 1000)
+            for shot in range(5):
+                house.request(b"".join(chain([1000 * turn + shot, 1, 2, 3, 4, 5, 6, 7])), turn * 1000 + shot)
+        assert hits == 11
+        writes[admission] = house.written["nvme"]
+    assert writes[SECOND_SIGHT] == 11 and writes["everything"] > 400
+
+
+def test_two_tiers_are_replayed_for_programs_and_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What both tiers did, for each setting; hits of the tiers sum to all hits."""
+    file = tmp_path / "two.jsonl"
+    dice = random.Random(1)
+    numbers = [[talk * 1000 + at for at in range(10 + dice.randrange(30))] for talk in range(40)]
+    file.write_text("".join(line(now, dice.choice(numbers)[: 5 + now % 30]) + "\n" for now in range(300)))
+    arguments = [
+        "replay",
+        str(file),
+        "--tiers",
+        "cpu=0.05,nvme=0.4",
+        "--policy",
+        "lru,chd/lru,lru/lru/second-sight,chd/chd/policy",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == ["lru", "chd/lru", "lru/lru/second-sight", "chd/chd/policy", "opt"]
+    for name, row in rows.items():
+        assert 0 < row["block_hit"] <= rows["opt"]["block_hit"] + 1e-9
+        if name != "opt":
+            assert sum(tier["block_hit"] for tier in row["tiers"].values()) == pytest.approx(row["block_hit"])
+            assert row["tier_writes"] == row["tiers"]["nvme"]["tier_writes"]
+    assert rows["lru/lru/second-sight"]["tier_writes"] < rows["lru"]["tier_writes"]
+    assert main(arguments) == 0
+    assert "nvme written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tiers", "cpu=0.1"], "give a share for each of cpu and nvme"),
+        (["--tiers", "cpu=0.1,nvme=2"], "'2' is impossible"),
+        (["--tiers", "cpu=0.5,nvme=0.5", "--policy", "lru/lru/never"], "admission 'never' is unknown"),
+        (["--tiers", "cpu=0.5,nvme=0.5", "--policy", "lru/lru/policy"], "only chd can turn blocks away"),
+        (["--tiers", "cpu=0.5,nvme=0.5", "--policy", "lru/fifo"], "two of them as cpu/nvme"),
+        (["--tiers", "cpu=0.5,nvme=0.5", "--plot", "a.png"], "leave --tiers out"),
+        (["--policy", "lru/lru"], "'lru/lru' is unknown"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what is possible."""
+    file = tmp_path / "two.jsonl"
+    file.write_text("".join(line(now, [1, 2, 3, now + 9]) + "\n" for now in range(9)))
+    assert main(["replay", str(file), *arguments]) == USAGE
+    assert said in capsys.readouterr().err
