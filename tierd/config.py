@@ -94,6 +94,7 @@ class Nvme:
     write_back: bool = key(True, boolean)
     policy: str = key("lru", one_of(*POLICIES))
     admission: str = key("everything", one_of("everything", "second-sight", "policy"))
+    write_bytes_per_day: int = key("0", size(MIB, 1024 * TIB, zero=True))
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
 
 

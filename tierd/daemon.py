@@ -18,6 +18,7 @@ from tierd import __version__, clock, history, log, systemd
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
+from tierd.endurance import Endurance
 from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
 from tierd.keeper import Keeper
@@ -58,7 +59,9 @@ async def serve(config: Config) -> int:
         stack.callback(state.close)
         previous = await history.begin(config.server.state_dir, clock.unix_milliseconds())
         tiers, path = open_tiers(config, state)
-        keeper = Keeper(tiers, config.nvme.io_threads)
+        now = clock.unix_milliseconds()
+        endurance = Endurance(config.server.state_dir, config.nvme.write_bytes_per_day, now)
+        keeper = Keeper(tiers, config.nvme.io_threads, endurance)
         stack.push_async_callback(keeper.close)
 
         def space_of(namespace: Namespace) -> Space:

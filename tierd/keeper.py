@@ -19,8 +19,9 @@ from itertools import count
 from typing import Any
 
 from tierd import clock
-from tierd.core.ladder import PAGED
+from tierd.core.ladder import CLOSED, PAGED
 from tierd.core.plan import WRITE_BACK, Transfer
+from tierd.endurance import Endurance
 from tierd.errors import Busy, TierdError
 from tierd.log import get_logger
 from tierd.mover import Mover
@@ -48,8 +49,9 @@ RECENCY_SECONDS = 1.0
 class Keeper:
     """Background work of all spaces: growing, handing over, writing back, noting recency."""
 
-    def __init__(self, tiers: list[Tier], io_threads: int) -> None:
+    def __init__(self, tiers: list[Tier], io_threads: int, endurance: Endurance | None = None) -> None:
         self.tiers = tiers
+        self._endurance = endurance
         self.spaces: dict[bytes, Space] = {}
         self.mover = Mover(io_threads, self._moved)
         self.handovers = 0
@@ -84,20 +86,31 @@ class Keeper:
         share = int(sum(above.pool.slots for above in space.arenas[:tier]) * WRITE_BACK_SHARE / most)
         blocks = max(1, min(WRITE_BACK_BLOCKS_MAX, WRITE_BACK_BYTES // arena.geometry.slot_bytes, share))
         while cache.write_back.queues[tier] and self._writing[arena.tier.name] < most:
-            if arena.pool.free < blocks:
+            if not (count := self._affordable(space, arena, blocks)):
+                return  # `run` tries again
+            if arena.pool.free < count:
                 if self.can_grow(arena):
                     self._start_growth(space, arena)  # it goes on from here when it ends
                     return
                 self._rebalance(space, tier)
-            if not cache.plan_write_back(tier, blocks):
+            if not cache.plan_write_back(tier, count):
                 return
             self._submit(space)
+
+    def _affordable(self, space: Space, arena: Arena, blocks: int) -> int:
+        """How many of so many blocks may be written to a tier now."""
+        if self._endurance is None or arena is not space.lower:
+            return blocks
+        size = arena.geometry.slot_bytes
+        return self._endurance.left(blocks * size, clock.unix_milliseconds()) // size
 
     def _submit(self, space: Space) -> None:
         planned = space.cache.planned
         while planned:
             transfer = planned.pop(0)
             self._writing[transfer.target] += transfer.reason == WRITE_BACK
+            if self._endurance and transfer.target == CLOSED:
+                self._endurance.spend(len(transfer) * space.arena(CLOSED).geometry.slot_bytes)
             self.mover.submit(space, transfer)
         while space.cache.hastened:
             self.mover.hasten(space.cache.hastened.pop())
@@ -129,7 +142,7 @@ class Keeper:
             if not runs:
                 return
             if not self._is_moving():
-                raise Busy(f"sync: {runs} runs wait for room below, where nothing grows or may go: see the log")
+                raise Busy(f"sync: {runs} runs wait for room below, or for tomorrow's writes, and nothing moves: see the log")
             if (seconds := deadline - clock.monotonic_seconds()) <= 0:
                 raise Busy(f"sync: {runs} runs are still to be written; ask again with a longer deadline")
             self._progress.clear()

@@ -14,7 +14,7 @@ from tests.daemon.conftest import Start
 from tests.daemon.harness import LAYOUT, ROOT, SLOTS, Daemon, Wire, hashes_of, payload_of
 from tierd.client import Client
 from tierd.clock import monotonic_seconds, unix_milliseconds
-from tierd.errors import Gone
+from tierd.errors import Busy, Gone
 from tierd.layout import Layout
 from tierd.tiers.directory import Directory
 from tierd.tiers.nvme import slots_path
@@ -288,3 +288,22 @@ def load_what_can_be(wire: Wire, hashes: bytes) -> int:
         at += wire.read(hashes, at, window["slots"])
     wire.ask("release", lease=lease["lease"])
     return at
+
+
+def test_a_budget_of_writes_holds_over_lives(start: Start) -> None:
+    """A mebibyte a day: however often the daemon is killed, nvme gets no more than that of what memory was offered."""
+    most, offered = (1 << 20) // LAYOUT.block_bytes, 3 * SLOTS
+    daemon = start(nvme_write_bytes_per_day="1MiB")
+    for life in range(4):
+        with daemon.peer() as wire:
+            assert wire.store(hashes_of(life, offered)) == offered
+        if (life + 1) * offered <= most:
+            daemon.ask("sync", deadline_ms=10_000)
+        else:
+            with pytest.raises(Busy, match="tomorrow's writes"):
+                daemon.ask("sync", deadline_ms=10_000)
+        daemon.kill()
+        daemon.start()
+    with daemon.peer() as wire:
+        found = sum(wire.lookup(hashes_of(life, offered))["blocks"] for life in range(4))
+    assert 0.8 * most <= found <= most

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
-from tierd.core.plan import leading
 
 EVERYTHING, SECOND_SIGHT, POLICY = "everything", "second-sight", "policy"
 ADMISSIONS = (EVERYTHING, SECOND_SIGHT, POLICY)
@@ -40,9 +39,9 @@ class Admission:
         self._grow()
         marks = np.frombuffer(hashes, np.uint64)[:: HASH_BYTES // 8]
         places = marks & np.uint64(len(self._seen) - 1)
-        seen = leading(self._seen[places] == marks)
+        seen = np.flatnonzero(self._seen[places] == marks)
         self._seen[places] = marks
-        return seen
+        return int(seen[-1]) + 1 if len(seen) else 0  # whoever saw a block saw those before it
 
     def _grow(self) -> None:
         wanted = 1 << (max(SEEN_TURNS * self._slots(), SEEN_MIN) - 1).bit_length()
