@@ -1,9 +1,9 @@
 """How many bytes of blocks may be written to nvme in a day: a disk wears out, and a limit that a restart forgets is none.
 
 Bytes are counted by the hour in which they are planned, and the 25 hours before the present one count with it, so that no day,
-whenever it begins, has more than the budget. What may be written is taken from the file in grants, before it is written: a life that is killed loses the
-rest of its last grant, and the next one never writes too much. A power cut may lose what the file system had not yet written of
-the file, which is some seconds of grants.
+whenever it begins, has more than the budget. What may be written is taken from the file in grants, before it is written: a
+life that is killed loses the rest of its last grant, and the next one never writes too much. A power cut may lose what the file
+system had not yet written of the file, which is some seconds of grants.
 """
 
 from __future__ import annotations

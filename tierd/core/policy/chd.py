@@ -83,9 +83,12 @@ class Chd(Policy):
         return (worth[kind][age_bin(self._now - run.last)] if worth else 0.0), run.order, kind, node
 
     def _worth_of_new(self, new: bytes) -> float:
-        if new and self.survival.worth and (run := self.ghosts.get(new[:MARK_BYTES])):
-            return self.survival.worth[run.kind][0] * MARGIN
-        return float("inf")
+        if not (new and self.survival.worth and (found := self.ghosts.along(marks_of(new), 0))):
+            return float("inf")
+        run, same = found[-1]
+        if same < run.blocks:  # the rest of it is new in another request
+            self.ghosts.cut(run, same)
+        return self.survival.worth[found[0][0].kind][0] * MARGIN
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,95 @@
+"""A trace against a running daemon, beside its replay: `python -m benchmarks.live TRACE [cpu/nvme/admission] ...`.
+
+A scratch daemon gets a hundredth of the trace's unique blocks as slots in cpu and a tenth in nvme, of 4 KiB each. One client
+loads what it has of each prompt, stores the rest, and waits for write-back before the next one, since a trace of an hour is
+over in a minute. The replay gets the times at which the daemon was asked, so that chd sees the same ages.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tierd.bench.scratch import LAYOUTS, scratch_daemon
+from tierd.block import HASH_BYTES, ROOT
+from tierd.client import Client
+from tierd.clock import unix_milliseconds
+from tierd.replay.house import House
+from tierd.replay.run import parse_setting, slots_of
+from tierd.replay.trace import read_trace
+from tierd.tiers.segment import Geometry
+from tierd.values import KIB
+
+SHARES = {"cpu": 0.01, "nvme": 0.1}
+SEGMENT_BYTES = 256 * KIB
+LAYOUT = LAYOUTS[4 * KIB]
+SYNC_SECONDS_MAX = 60.0
+
+
+def main() -> None:
+    """Hit rates of both, for each setting."""
+    if len(sys.argv) < 2:
+        sys.exit("benchmarks.live needs a trace, and settings such as lru, chd/lru or chd/chd/policy (default: lru chd)")
+    trace = read_trace(Path(sys.argv[1]))
+    chains = list(trace.hashes())
+    for setting in sys.argv[2:] or ["lru", "chd"]:
+        policies, admission = parse_setting(setting, SHARES)
+        segments = {tier: segments_for(slots_of(trace, share)) for tier, share in SHARES.items()}
+        hits, times = live(chains, segments, policies, admission)
+        again = replayed(chains, times, segments, policies, admission)
+        print(f"{trace.name} {setting}: live {hits / trace.accesses:.2%}, replay {again / trace.accesses:.2%}", flush=True)
+
+
+def segments_for(slots: int) -> int:
+    """How many segments have about so many slots."""
+    return max(1, round(slots / Geometry.fit(LAYOUT, SEGMENT_BYTES).slot_count))
+
+
+def live(
+    chains: Sequence[bytes], segments: Mapping[str, int], policies: Mapping[str, str], admission: str
+) -> tuple[int, list[int]]:
+    """Blocks that a daemon had of these prompts, and when it was asked for each (Unix milliseconds)."""
+    longest = max(map(len, chains)) // HASH_BYTES
+    pool, pages = np.zeros((longest, LAYOUT.block_bytes), np.uint8), np.arange(longest)
+    settings: dict[str, str | int] = {"nvme__admission": admission}
+    for tier, number in segments.items():
+        settings |= {f"{tier}__bytes": number * SEGMENT_BYTES, f"{tier}__segment_bytes": SEGMENT_BYTES}
+        settings[f"{tier}__policy"] = policies[tier]
+    hits, times = 0, []
+    folder = Path(tempfile.gettempdir())
+    with (
+        scratch_daemon(folder, cpu__huge_pages="off", **settings) as daemon,
+        Client(daemon.socket, model="trace", layout=LAYOUT, deadline_seconds=SYNC_SECONDS_MAX) as client,
+    ):
+        for chain in chains:
+            times.append(unix_milliseconds())
+            blocks = len(chain) // HASH_BYTES
+            hit = client.load(chain, pool, pages[:blocks])
+            if hit < blocks:
+                parent = chain[(hit - 1) * HASH_BYTES : hit * HASH_BYTES] if hit else ROOT
+                client.store(chain[hit * HASH_BYTES :], pool, pages[hit:blocks], parent)
+            if "nvme" in segments:
+                daemon.sync(SYNC_SECONDS_MAX)
+            hits += hit
+    return hits, times
+
+
+def replayed(
+    chains: Sequence[bytes],
+    times: Sequence[int],
+    segments: Mapping[str, int],
+    policies: Mapping[str, str],
+    admission: str,
+) -> int:
+    """Blocks that a replay of the same prompts at the same times has."""
+    slots = Geometry.fit(LAYOUT, SEGMENT_BYTES).slot_count
+    house = House({tier: number * slots for tier, number in segments.items()}, policies, admission)
+    return sum(house.request(chain, now) for chain, now in zip(chains, times, strict=True))
+
+
+if __name__ == "__main__":
+    main()
