@@ -7,8 +7,8 @@ over in a minute. The replay gets the times at which the daemon was asked, so th
 
 from __future__ import annotations
 
-import sys
 import tempfile
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,16 +32,21 @@ SYNC_SECONDS_MAX = 60.0
 
 def main() -> None:
     """Hit rates of both, for each setting."""
-    if len(sys.argv) < 2:
-        sys.exit("benchmarks.live needs a trace, and settings such as lru, chd/lru or chd/chd/policy (default: lru chd)")
-    trace = read_trace(Path(sys.argv[1]))
-    chains = list(trace.hashes())
-    for setting in sys.argv[2:] or ["lru", "chd"]:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("settings", nargs="*", default=["lru", "chd"], help="cpu/nvme/admission, or one policy for both")
+    parser.add_argument("--requests", type=int, help="only the first so many")
+    options = parser.parse_args()
+    trace = read_trace(options.trace)
+    chains = list(trace.hashes())[: options.requests]
+    asked = sum(map(len, chains)) // HASH_BYTES
+    for setting in options.settings:
         policies, admission = parse_setting(setting, SHARES)
         segments = {tier: segments_for(slots_of(trace, share)) for tier, share in SHARES.items()}
         hits, times = live(chains, segments, policies, admission)
         again = replayed(chains, times, segments, policies, admission)
-        print(f"{trace.name} {setting}: live {hits / trace.accesses:.2%}, replay {again / trace.accesses:.2%}", flush=True)
+        figures = f"live {hits / asked:.2%}, replay {again / asked:.2%}"
+        print(f"{trace.name}, {len(chains):,} requests, {setting}: {figures}", flush=True)
 
 
 def segments_for(slots: int) -> int:

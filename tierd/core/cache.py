@@ -460,7 +460,8 @@ class Cache:
         known of the way to it.
         """
         while lease := self._pending.get(parent):
-            if pieces := self.index.match(lease.hashes, lease.parent):
+            end = names(lease.hashes).index(parent) + 1  # what is behind it, the tree may know too
+            if pieces := self.index.match(lease.hashes[: end * HASH_BYTES], lease.parent):
                 return pieces
             parent = lease.parent
         return parent_piece(self.index, parent)
