@@ -327,6 +327,19 @@ class Keeper:
                 self.forgotten.update(space.cache.counters)
                 del self.spaces[space.namespace.id]
 
+    def give_up_coldest(self) -> bool:
+        """Begin to give up all that the coldest namespace without sessions has, so that it can be forgotten; False when every
+        one has sessions.
+        """
+        idle = [space for space in self.spaces.values() if not space.sessions]
+        if not idle:
+            return False
+        space = min(idle, key=Space.warmest)
+        for tier, arena in enumerate(space.arenas):
+            for ordinal in arena.segments.keys() - arena.pool.closing:
+                self._background(self._kill(space, ordinal, tier))
+        return True
+
     def nvme_failures(self) -> Counter[str]:
         """Failed accesses to segment files by reason, those of files that are gone included."""
         total = Counter(self._failures)

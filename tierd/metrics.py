@@ -18,10 +18,11 @@ from prometheus_client.registry import Collector
 
 from tierd import __version__
 from tierd.core.ladder import CLOSED, TIERS
-from tierd.core.plan import REASONS, TURN_ENDS, WRITE_BACK
+from tierd.core.plan import REASONS, WRITE_BACK
 from tierd.keeper import Keeper
 from tierd.space import Space
 from tierd.tiers.tier import MemoryTier
+from tierd.wire.messages import TURN_ENDS
 
 REQUEST_BUCKETS = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0, 10.0)
 LOOKUP_TIERS = (*TIERS, "remote", "pending", "miss")
@@ -85,7 +86,7 @@ class Metrics(Collector):
         wrong = sum(number for (kind, _), number in failed if kind == "mismatch")
         text = "Blocks whose bytes were not those that were written."
         yield counter("tierd_checksum_failures", text, [], [((), wrong)])
-        yield counter("tierd_turns", "Turns whose pages were let go of, by why they ended.", ["turn"], turns)
+        yield counter("tierd_turns", "Turns that engines said have ended, by why.", ["turn"], turns)
         yield counter("tierd_events", "Decisions worth watching, by name.", ["event"], events)
 
     def _moved(self) -> Iterable[Metric]:

@@ -172,6 +172,10 @@ class Space:
         node = next(self.cache.index.orders[tier].coldest(), None)
         return node.last_use if node is not None else 0
 
+    def warmest(self) -> int:
+        """Last use (Unix milliseconds) of this space's warmest segment; 0 without any."""
+        return max((used for arena in self.arenas for used in arena.pool.last_use.values()), default=0)
+
     def kept_back(self, tier: int) -> set[int]:
         """Ordinals of segments that a client maps which has no event channel, or owes an answer on it."""
         stuck = [s for s in self.sessions.values() if s.tier == tier and (s.events is None or s.waiting_detach)]

@@ -81,11 +81,16 @@ class CopyingMemory(PrivateMemory):
             self._store()
         return committed
 
-    def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None:
+    def release(self, pages: List[int]) -> None:
         """End the caller's hold; what has not been stored yet is stored first."""
         if self._unstored and pages:
             self._store()
-        super().release(pages, turn, conversation)
+        super().release(pages)
+
+    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+        """Tell the daemon, behind what is stored before."""
+        self._store()
+        self._submit(self._storer, lambda _: None, self.client.ended, block, turn, conversation)
 
     def poll(self) -> None:
         """Take what the workers did, and start the loads for which there are pages now."""

@@ -69,10 +69,14 @@ class TierMemory:
         """Name slots, for everybody; and what the daemon does not take among ourselves."""
         return self._settled(Committing(self, pages, parents, hashes))
 
-    def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None:
-        """End the caller's hold; the daemon is told of slots that nobody here uses any more, and of the turn with them."""
+    def release(self, pages: List[int]) -> None:
+        """End the caller's hold; the daemon is told of slots that nobody here uses any more."""
         if slots := [page for page in self.blocks.release(pages) if page not in self.pool.own]:
-            self.client.release(slots, turn, conversation)
+            self.client.release(slots)
+
+    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+        """Tell the daemon."""
+        self.client.ended(block, turn, conversation)
 
     def poll(self) -> None:
         """Take what has arrived; joins the daemon again when it is back."""

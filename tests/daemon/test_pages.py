@@ -123,8 +123,10 @@ def test_a_hit_is_the_page_that_it_was_computed_in(paged: Daemon, connect: Conne
     assert found.pages.tolist() == pages.tolist() and found.tiers["gpu"] == 6
     assert paged.metrics()['tierd_transfer_bytes_total{path="memory",reason="demand",source="cpu",target="gpu"}'] == 0
     found.release()
-    one.release(pages, turn="end_turn", conversation="c")
-    two.release(store(two, hashes_of(2, 2)), turn="tool_use")
+    one.ended(hashes[-32:], "end_turn", "c")
+    one.release(pages)
+    two.ended(hashes_of(2, 2)[-32:], "tool_use")
+    two.release(store(two, hashes_of(2, 2)))
     paged.wait_until(lambda status: status["tiers"]["gpu"]["slots"]["filling"] == 0)
     assert paged.metrics()['tierd_turns_total{turn="tool_use"}'] == 1
 
@@ -176,6 +178,8 @@ def test_copying_clients_and_engines_share_blocks(paged: Daemon, connect: Connec
         assert all((pool[at] == payload_of(computed[at * 32 : at * 32 + 32])).all() for at in range(5))
         pool[:] = [payload_of(copied[at * 32 : at * 32 + 32]) for at in range(5)]
         assert client.store(copied, pool, range(5)).stored == 5
+        client.ended(copied[-32:], "tool_use", "c")
+        paged.wait_until(lambda _: paged.metrics()['tierd_turns_total{turn="tool_use"}'] == 1)
     assert find(engine, copied).ready == 5
 
 
@@ -226,8 +230,8 @@ def test_misuse_is_refused_where_it_happens(paged: Daemon, connect: Connect) -> 
         client.release([client.private[0]])
     with paged.peer() as copier, pytest.raises(Invalid, match="only sessions of the gpu tier"):
         copier.ask("reserve", count=1)
-    with paged.peer(tier="gpu") as raw, pytest.raises(Invalid, match="is not one of tool_use"):
-        raw.ask("release_pages", slots=raw.ask("reserve", count=1)["slots"], turn="bored")
+    with paged.peer() as raw, pytest.raises(Invalid, match="is not one of tool_use"):
+        raw.ask("ended", block=ROOT, turn="bored")
     client.release(pages)
 
 

@@ -206,6 +206,7 @@ def test_a_client_that_goes_away_aborts_its_request(served: SimpleNamespace) -> 
         ({"model": "tiny", "prompt": "x", "n": 0}, 400, "sampling", "n 0"),
         ({"model": "tiny", "prompt": "x", "n": True}, 400, "n", "not of type int"),
         ({"model": "tiny", "prompt": "x", "max_tokens": 0}, 400, "max_tokens", "at least 1"),
+        ({"model": "tiny", "prompt": "x", "conversation": "c" * 129}, 400, "conversation", "1 to 128 are possible"),
         ({"model": "tiny", "prompt": "x", "stop": [""]}, 400, "sampling", "none of them empty"),
         ({"model": "tiny", "prompt": "x", "logprobs": 5}, 400, "logprobs", "not supported"),
         ({"model": "tiny", "prompt": ""}, 400, "request", "0 prompt"),

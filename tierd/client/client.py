@@ -17,7 +17,7 @@ from tierd.client.store import Stored, Storing
 from tierd.client.transfer import Copier, as_pages, as_rows
 from tierd.errors import Invalid
 from tierd.layout import Layout
-from tierd.wire.messages import PROTOCOL_VERSION
+from tierd.wire.messages import DATA, PROTOCOL_VERSION, TURN_ENDS, check_values
 
 COPY_THREADS_MAX = 64
 
@@ -130,6 +130,17 @@ class Client:
             blocks = int(reply["blocks"])
         return blocks
 
+    def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
+        """Say why a turn ended, for policies: a result of a tool call is awaited sooner than a next question.
+
+        block: the hash (32 bytes) of the turn's last full block, ROOT if it has none. turn: "tool_use", "end_turn", "stop",
+        "length" or "abort". conversation: up to 128 characters.
+        """
+        self._context.check_process()
+        arguments = turn_ended(block, turn, conversation)
+        with self._context.missing("ended"):
+            self.session.connection().tell("ended", arguments, self.deadline_seconds)
+
     @property
     def statistics(self) -> dict[str, Any]:
         """Counts since the start, among them `failures` by kind and `tiers`: blocks looked up by where they were."""
@@ -177,6 +188,14 @@ def check_hashes(hashes: bytes, parent: bytes) -> int:
     if not isinstance(parent, bytes) or len(parent) != HASH_BYTES:
         raise Invalid(f"parent must be {HASH_BYTES} bytes (ROOT for the start of a chain), not {parent!r:.80}")
     return len(hashes) // HASH_BYTES
+
+
+def turn_ended(block: bytes, turn: str, conversation: str | None) -> dict[str, Any]:
+    """Arguments of `ended`; raises Invalid when the daemon would refuse them."""
+    check_hashes(b"", block)
+    if turn not in TURN_ENDS:
+        raise Invalid(f"turn {turn!r} is not one of {', '.join(TURN_ENDS)}")
+    return check_values("ended", {"block": block, "turn": turn, "conversation": conversation}, DATA["ended"])
 
 
 def check_length(blocks: int, pages: int) -> None:

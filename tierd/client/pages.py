@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tierd.block import HASH_BYTES, ROOT
-from tierd.client.client import check_hashes, default_socket
+from tierd.client.client import check_hashes, default_socket, turn_ended
 from tierd.client.connection import Connection, Ticket
 from tierd.client.link import Link
 from tierd.client.page_memory import PageMemory, Pages
@@ -225,8 +225,8 @@ class PageClient:
             asked.done = True
         return asked
 
-    def release(self, pages: ArrayLike, turn: str | None = None, conversation: str | None = None) -> None:
-        """Let go of pages of `reserve` and `commit`, once for each time that they were given; and say why a turn ended."""
+    def release(self, pages: ArrayLike) -> None:
+        """Let go of pages of `reserve` and `commit`, once for each time that they were given."""
         slots = self._own(pages)
         np.subtract.at(self._memory.held, slots, 1)
         if (self._memory.held[slots] < 0).any():
@@ -235,9 +235,12 @@ class PageClient:
         known = self._memory.of_session(slots)
         self._reserved[slots[self._memory.held[slots] == 0]] = False
         if len(known):
-            hints = {"turn": turn, "conversation": conversation}
-            self._tell("release_pages", {"slots": pack_slots(known), **{k: v for k, v in hints.items() if v}})
+            self._tell("release_pages", {"slots": pack_slots(known)})
         self._memory.settle()
+
+    def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
+        """Say why a turn ended (see `Client.ended`)."""
+        self._tell("ended", turn_ended(block, turn, conversation))
 
     def poll(self) -> None:
         """Take what has arrived, never waiting; connects again when it is time to."""

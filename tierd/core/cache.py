@@ -361,9 +361,15 @@ class Cache:
         """Name reserved pages; returns a code or the slot of a duplicate for each (see Pages.commit)."""
         return self.pages.commit(self.sessions[session_id], slots, parents, hashes, now)
 
-    def release_pages(self, session_id: int, slots: Slots, hint: Hint) -> None:
+    def release_pages(self, session_id: int, slots: Slots) -> None:
         """End a session's hold on pages, once for each time that they are named."""
-        self.pages.release(self.sessions[session_id], slots, hint)
+        self.pages.release(self.sessions[session_id], slots)
+
+    def ended(self, block: bytes, hint: Hint) -> None:
+        """A turn has ended whose last block this is: the hint stays with it, where the next turn would continue."""
+        self.counters["turn", hint.turn] += 1
+        if entry := self.index.find(block):
+            entry[0].hint = hint
 
     # -- moving -------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ READING, WRITING = 1, 2
 """Kinds of held records."""
 NAMED, UNNAMED = -1, -2
 """Instead of a slot number in the reply to `commit_pages`."""
+TURN_ENDS = ("tool_use", "end_turn", "stop", "length", "abort")
 SEGMENTS_PER_PUSH_MAX = 64
 SLOT_BYTES = 4
 U32_MAX, U64_MAX = (1 << 32) - 1, (1 << 64) - 1
@@ -82,7 +83,8 @@ DATA = {
     "abort": {"lease": U64},
     "reserve": {"count": COUNT},
     "commit_pages": {"slots": PAGES, "parents": HASHES, "hashes": HASHES},
-    "release_pages": {"slots": PAGES, "turn": optional(LABEL), "conversation": optional(LABEL)},
+    "release_pages": {"slots": PAGES},
+    "ended": {"block": BIN32, "turn": LABEL, "conversation": optional(LABEL)},
     "prefetch": {"hashes": HASHES, "parent": PARENT},
     "detached": {"segments": SEGMENTS},
     "bye": {},
@@ -114,6 +116,7 @@ REPLIES = {
     "reserve": {"slots": PAGES},
     "commit_pages": {"codes": PAGES},
     "release_pages": {},
+    "ended": {},
     "prefetch": {"blocks": U32},
     "detached": {},
     "bye": {},
