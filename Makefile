@@ -9,13 +9,16 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test check bench gpu quantisation policies oracle torture venv clean
+.PHONY: demo test test-systemd check bench gpu quantisation policies oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 2 --dist loadfile -m "not systemd"
+
+test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
+	$(RUN) pytest -n 0 -m systemd tests/ops
 
 check: $(STAMP)  ## style, types and layers
 	$(VENV)/bin/ruff check

@@ -31,8 +31,10 @@ class Admin:
         io: tuple[str, str],
         metrics_address: str,
         drain: Callable[[], None],
+        reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._config, self._keeper, self._metrics, self._io, self._drain = config, keeper, metrics, io, drain
+        self._config, self._keeper, self._metrics, self._io = config, keeper, metrics, io
+        self._drain, self._reload = drain, reload
         self._metrics_address = metrics_address
         self._started = clock.monotonic_seconds()
 
@@ -43,7 +45,7 @@ class Admin:
         """Nothing was kept."""
 
     def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
-        """Answer status, sync and drain."""
+        """Answer status, sync, drain and reload."""
         match request.verb:
             case "status":
                 return self.status()
@@ -52,6 +54,8 @@ class Admin:
             case "drain":
                 self._drain()
                 return {}
+            case "reload":
+                return self._reload()
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import resource
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,9 +43,11 @@ SEGMENT_NAME_BYTES, SESSION_NAME_BYTES = 22, 70
 """The longest names of kept descriptors, each with a separator: a segment has two."""
 
 
-def key(default: Any, parse: Callable[[Any], Any]) -> Any:
-    """One key: its default as one would write it (None: it depends on the user or another key), and its parser."""
-    return field(metadata={"default": default, "parse": parse})
+def key(default: Any, parse: Callable[[Any], Any], live: bool = False) -> Any:
+    """One key: its default as one would write it (None: it depends on the user or another key), its parser, and whether a
+    running daemon can change it.
+    """
+    return field(metadata={"default": default, "parse": parse, "live": live})
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Server:
     socket: Path = key(None, path)
     admin_socket: Path = key(None, path)
     socket_mode: int = key("0660", file_mode)
-    domains: dict[str, str] = key({}, domains)
+    domains: dict[str, str] = key({}, domains, live=True)
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class Metrics:
 class Log:
     """What is logged, and how it looks."""
 
-    level: str = key("info", one_of("debug", "info", "warning", "error"))
-    format: str = key("text", one_of("text", "json"))
+    level: str = key("info", one_of("debug", "info", "warning", "error"), live=True)
+    format: str = key("text", one_of("text", "json"), live=True)
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,14 @@ class Limits:
     """The most that anybody can make the daemon hold, queue or wait for."""
 
     sessions_max: int = key(256, count(1, 65_536))
-    sessions_per_namespace_max: int = key(64, count(1, 64))
+    sessions_per_namespace_max: int = key(64, count(1, 64), live=True)
     leases_per_session_max: int = key(4096, count(1, 1 << 20))
     blocks_per_request_max: int = key(32_768, count(1, 1 << 20))
     frame_bytes_max: int = key("4MiB", size(64 * KIB, 64 * MIB))
     hello_frame_bytes_max: int = key("64KiB", size(4 * KIB, MIB))
     wait_seconds_max: float = key(10.0, decimal(0.01, 600))
-    drain_seconds_max: float = key(10.0, decimal(0.01, 600))
-    namespaces_max: int = key(256, count(1, 65_536))
+    drain_seconds_max: float = key(10.0, decimal(0.01, 600), live=True)
+    namespaces_max: int = key(256, count(1, 65_536), live=True)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,19 @@ class Config:
             made[section][name] = values[dotted]
         return cls(**{name: SECTIONS[name](**keys) for name, keys in made.items()}, file=file)
 
+    def reloaded(self, fresh: Config) -> tuple[Config, list[str], list[str]]:
+        """This configuration with what a running daemon can take over from another one, the names of keys that have changed by
+        that, and the names of those that differ still: they need a restart.
+        """
+        ours, theirs = self.describe(), fresh.describe()
+        differ = [dotted for dotted in KEYS if ours[dotted] != theirs[dotted]]
+        changed = [dotted for dotted in differ if KEYS[dotted]["live"]]
+        taken: dict[str, dict[str, Any]] = {}
+        for section, name in (SPLIT[dotted] for dotted in changed):
+            taken.setdefault(section, {})[name] = getattr(getattr(fresh, section), name)
+        sections = {section: replace(getattr(self, section), **values) for section, values in taken.items()}
+        return replace(self, **sections), changed, [dotted for dotted in differ if dotted not in changed]
+
     def describe(self) -> dict[str, Any]:
         """Every key as `section.key` with its value as one would write it, for logs and for `tierd status`."""
         plain = {dotted: getattr(getattr(self, section), name) for dotted, (section, name) in SPLIT.items()}
@@ -192,9 +207,18 @@ class Config:
         if self.nvme.bytes:
             make_directory("nvme.path", self.nvme.path, 0o700)
 
+    @property
+    def memory_segments(self) -> int:
+        """How many memory segments there can be."""
+        return sum(tier.bytes // tier.segment_bytes for tier in (self.gpu, self.cpu))
+
+    @property
+    def descriptors_kept(self) -> int:
+        """How many descriptors a service manager may have to keep: two of each memory segment, one of each session."""
+        return 2 * self.memory_segments + self.limits.sessions_max
+
     def _check_descriptors(self) -> None:
-        sessions = self.limits.sessions_max
-        segments = sum(tier.bytes // tier.segment_bytes for tier in (self.gpu, self.cpu))
+        sessions, segments = self.limits.sessions_max, self.memory_segments
         files = self.nvme.bytes // self.nvme.segment_bytes
         needed = MEMORY_DESCRIPTORS * segments + FILE_DESCRIPTORS * files + SESSION_DESCRIPTORS * sessions + DESCRIPTORS_SPARE
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -207,9 +231,9 @@ class Config:
             )
         if not systemd.can_store():
             return
-        kept, names_bytes = 2 * segments + sessions, 2 * segments * SEGMENT_NAME_BYTES + sessions * SESSION_NAME_BYTES
+        kept, names_bytes = self.descriptors_kept, 2 * segments * SEGMENT_NAME_BYTES + sessions * SESSION_NAME_BYTES
         if kept > (most := systemd.descriptors_max()):
-            managers = "FileDescriptorStoreMax=, tierd hold --descriptors-max"
+            managers = "FileDescriptorStoreMax=, which tierd install-service writes; tierd hold --descriptors-max"
             raise Invalid(
                 f"{what} are {kept} descriptors to keep, the manager keeps {most}: raise that ({managers}), or {remedy}"
             )
@@ -326,6 +350,8 @@ def fill_paths(values: dict[str, Any], environ: Mapping[str, str], uid: int) -> 
 
 
 def default_runtime_dir(environ: Mapping[str, str], uid: int) -> Path:
+    if os.path.isabs(environ.get("RUNTIME_DIRECTORY", "")):  # of a unit that has RuntimeDirectory=
+        return Path(environ["RUNTIME_DIRECTORY"])
     if uid == 0:
         return Path("/run/tierd")
     if os.path.isabs(environ.get("XDG_RUNTIME_DIR", "")):
@@ -338,6 +364,8 @@ def default_runtime_dir(environ: Mapping[str, str], uid: int) -> Path:
 
 
 def default_state_dir(environ: Mapping[str, str], uid: int) -> Path:
+    if os.path.isabs(environ.get("STATE_DIRECTORY", "")):
+        return Path(environ["STATE_DIRECTORY"])
     if uid == 0:
         return Path("/var/lib/tierd")
     if os.path.isabs(environ.get("XDG_STATE_HOME", "")):

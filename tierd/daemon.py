@@ -10,19 +10,23 @@ import asyncio
 import gc
 import os
 import signal
+import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 
 import uvloop
 
-from tierd import __version__, clock, history, log, systemd
+from tierd import __version__, clock, history, log, systemd, watchdog
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
 from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
 from tierd.keeper import Keeper
+from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
+from tierd.reload import Reloader
 from tierd.server import Server
 from tierd.service import Service
 from tierd.space import Space
@@ -32,15 +36,21 @@ from tierd.tiers.state import StateDirectory
 from tierd.tiers.tier import MemoryTier, NvmeTier, Tier
 
 logger = log.get_logger("daemon")
+CLOSE_SECONDS_MAX = 60.0
+"""What closing may take after the drain: transfers under way are waited for."""
 
 
-def run(config: Config) -> int:
-    """Serve until a signal ends it; returns the process's exit code. Raises Invalid and Busy when it cannot start."""
+def run(load: Callable[[], Config]) -> int:
+    """Serve until a signal ends it; returns the process's exit code. Raises Invalid and Busy when it cannot start.
+
+    `load` reads the configuration, now and at every reload.
+    """
+    config = load()
     log.configure(config.log.level, config.log.format)
     config.prepare()
     yield_to_clients()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(config))
+        return runner.run(serve(config, load))
 
 
 def yield_to_clients() -> None:
@@ -49,7 +59,7 @@ def yield_to_clients() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-async def serve(config: Config) -> int:
+async def serve(config: Config, load: Callable[[], Config]) -> int:
     """The daemon's life on a running loop."""
     started = clock.monotonic_seconds()
     serving, stop = asyncio.Event(), asyncio.Event()
@@ -68,34 +78,48 @@ async def serve(config: Config) -> int:
                 keeper.spaces[namespace.id] = space
             return keeper.spaces[namespace.id]
 
-        adopted = adopt(tiers, systemd.inherited(), space_of, clock.unix_milliseconds())
+        inherited = systemd.inherited()
+        data_socket, metrics_socket = (listening(inherited, name) for name in (systemd.DATA_SOCKET, systemd.METRICS_SOCKET))
+        adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
         metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost})
-        service = Service(config, keeper, metrics, space_of)
+        kept = Kept()
+        stack.callback(kept.close)
+        service = Service(config, keeper, metrics, kept, space_of)
+
+        def configure(config: Config) -> None:
+            service.config = config
+            log.configure(config.log.level, config.log.format)
+
+        reloader = Reloader(config, load, configure)
 
         def health() -> tuple[bool, str]:
             if stop.is_set() or not serving.is_set():
                 return False, "draining" if stop.is_set() else "starting"
             return True, f"ready\nio {path[0]} {path[1]}"
 
-        exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen))
+        exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen, metrics_socket))
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, path, exporter.address, stop.set)
+        admin = Admin(config, keeper, metrics, path, exporter.address, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
         server = config.server
-        data = Server(server.socket, server.socket_mode, service, config.limits, admin=False)
+        data = Server(server.socket, server.socket_mode, service, config.limits, admin=False, inherited=data_socket)
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
         for listener in (control, data):
             await listener.start()
             stack.push_async_callback(listener.close)
         background = asyncio.create_task(keeper.run())
-        stack.callback(background.cancel)
+        feeding = asyncio.create_task(watchdog.feed(keeper.mover))
+        for task in (background, feeding):
+            stack.callback(task.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, stop)
+        reloading: set[asyncio.Task[None]] = set()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup, reloader, reloading)
         serving.set()
-        systemd.ready()
+        await asyncio.to_thread(systemd.ready)
         seconds = clock.monotonic_seconds() - started
         logger.info(
             "ready", version=__version__, socket=server.socket, io=path[0], path=path[1], previous=previous, seconds=seconds
@@ -105,10 +129,12 @@ async def serve(config: Config) -> int:
         if background.done():
             stopped.cancel()
             background.result()  # a bug: crash, and let the next life recover
-        systemd.stopping()
+        seconds = reloader.config.limits.drain_seconds_max
+        await asyncio.to_thread(systemd.stopping, seconds + CLOSE_SECONDS_MAX)
         logger.info("draining", unwritten=keeper.unwritten())
         service.drain()
-        deadline = clock.monotonic_seconds() + config.limits.drain_seconds_max
+        data.leave_queue()
+        deadline = clock.monotonic_seconds() + seconds
         with suppress(Busy):
             while keeper.unwritten():  # what was begun before may be committed meanwhile
                 await keeper.sync(deadline)
@@ -124,13 +150,28 @@ def on_signal(stop: asyncio.Event) -> None:
     stop.set()
 
 
+def on_hangup(reloader: Reloader, running: set[asyncio.Task[None]]) -> None:
+    """Reload in a task of its own, which `running` keeps."""
+    task = asyncio.create_task(reloader.on_signal())
+    running.add(task)
+    task.add_done_callback(running.discard)
+
+
+def listening(inherited: dict[str, list[int]], name: str) -> socket.socket | None:
+    """The listening socket of that name among inherited descriptors, taken from them; None when there is none."""
+    first, *others = inherited.pop(name, [-1])
+    if others:
+        raise Invalid(f"{1 + len(others)} sockets are passed as {name!r}, there can be one: one ListenStream= in its unit")
+    return socket.socket(fileno=first) if first >= 0 else None
+
+
 def open_exporter(exporter: Exporter) -> Exporter:
     """Start to serve metrics, if they are wanted; a taken address that nobody chose is no reason not to serve blocks."""
     try:
-        if exporter.listen:
+        if exporter.listen or exporter.inherited:
             exporter.start()
     except Invalid as error:
-        if exporter.listen != KEYS["metrics.listen"]["default"]:
+        if exporter.inherited or exporter.listen != KEYS["metrics.listen"]["default"]:
             raise
         logger.warning("no metrics and no health checks", reason=str(error))
     return exporter

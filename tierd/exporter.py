@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from threading import Lock, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -29,14 +29,22 @@ log = get_logger("exporter")
 
 
 class Exporter:
-    """Serves one registry at `listen` ("host:port"; port 0 takes a free one, then see `port`).
+    """Serves one registry at `listen` ("host:port"; port 0 takes a free one, then see `port`), or on the `inherited` socket of
+    the service manager, which must be at that address.
 
     `ready` is asked at every `/readyz` and answers (ready, reason). It and the registry's collectors are called in the
     exporter's threads, not in the event loop's: they must not wait, and must not change anything.
     """
 
-    def __init__(self, registry: CollectorRegistry, ready: Callable[[], tuple[bool, str]], listen: str) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        ready: Callable[[], tuple[bool, str]],
+        listen: str,
+        inherited: socket.socket | None = None,
+    ) -> None:
         self.listen = listen
+        self.inherited = inherited
         self.port = 0
         self._application = application(make_wsgi_app(registry), ready)
         self._server: BoundedServer | None = None
@@ -50,8 +58,12 @@ class Exporter:
     def start(self) -> None:
         """Bind and serve from now on; Invalid when the address cannot be had."""
         host, _, port = self.listen.rpartition(":")
+        if self.inherited and self.inherited.getsockname()[:2] != (host.strip("[]"), int(port or 0)):
+            where = "{}:{}".format(*self.inherited.getsockname()[:2])
+            remedy = "make ListenStream= of the unit the same, or disable it"
+            raise Invalid(f"tierd-metrics.socket listens on {where}, metrics.listen = {self.listen!r}: {remedy}")
         try:
-            self._server = BoundedServer(host.strip("[]"), int(port))
+            self._server = BoundedServer(host.strip("[]"), int(port), self.inherited)
         except OSError as error:
             remedy = "set metrics.listen to another port, or to '' for no metrics"
             raise Invalid(f"metrics.listen = {self.listen} cannot be bound ({error.strerror}): {remedy}") from error
@@ -116,15 +128,25 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 64  # The library's 5 would make a burst of clients wait a second for TCP to try again.
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, inherited: socket.socket | None = None) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._open: dict[socket.socket, float] = {}
         self._open_lock = Lock()
-        super().__init__((host, port), QuietHandler)
+        if inherited is None:
+            super().__init__((host, port), QuietHandler)
+            return
+        BaseServer.__init__(self, (host, port), QuietHandler)  # TCPServer's makes a socket, and a unit may forbid that
+        self.socket = inherited
+        self.socket.setblocking(False)
+        self._bound()
 
     def server_bind(self) -> None:
         """As the library's own, without its look-up of our name, which may wait for a name server."""
         TCPServer.server_bind(self)
+        self._bound()
+
+    def _bound(self) -> None:
+        self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
         self.setup_environ()
 

@@ -46,6 +46,8 @@ class Mover:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Busy thread seconds by reason."""
         self._finished = finished
+        self._progress = clock.monotonic_seconds()
+        """When a part last ended, or could first be expected to."""
         self._pool = ThreadPoolExecutor(threads, "tierd-io")
         self._free = threads
         self._queue: list[tuple[int, int, _Job, NDArray[np.intp]]] = []
@@ -59,8 +61,14 @@ class Mover:
         """Parts that wait for a thread."""
         return len(self._queue)
 
+    def stuck_seconds(self) -> float:
+        """How long no part of a transfer has ended although there are transfers; 0 when there are none."""
+        return clock.monotonic_seconds() - self._progress if any(self.in_flight.values()) else 0.0
+
     def submit(self, space: Space, transfer: Transfer) -> None:
         """Start a transfer; on the loop only."""
+        if not any(self.in_flight.values()):
+            self._progress = clock.monotonic_seconds()
         self.in_flight[transfer.reason] += 1
         job = _Job(space, transfer)
         cuts = 1 if transfer.reason == WRITE_BACK else min(self.threads, len(transfer))
@@ -117,6 +125,7 @@ class Mover:
 
     def _end(self, job: _Job, part: NDArray[np.intp], outcome: NDArray[np.uint8], seconds: float) -> None:
         transfer = job.transfer
+        self._progress = clock.monotonic_seconds()
         self.seconds[transfer.reason] += seconds
         job.outcome[part] = outcome
         job.parts -= 1

@@ -79,6 +79,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "status": {},
     "sync": {"deadline_ms": 5000},
     "drain": {},
+    "reload": {},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,

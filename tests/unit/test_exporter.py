@@ -151,3 +151,25 @@ def test_closing_ends_connections_and_frees_the_port(served: Exporter) -> None:
     again = Exporter(CollectorRegistry(), State(), f"127.0.0.1:{served.port}")
     again.start()
     again.close()
+
+
+def test_a_socket_of_the_service_manager_is_served_and_stays_open(state: State) -> None:
+    """Whoever connected before there was a daemon is answered by it; after its end others wait in the manager's queue."""
+    with socket.create_server(("127.0.0.1", 0)) as managers:
+        port = managers.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as early:
+            early.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+            mine = Exporter(CollectorRegistry(), state, f"127.0.0.1:{port}", managers.dup())
+            mine.start()
+            assert early.recv(100).startswith(b"HTTP/1.0 200 OK")
+        mine.close()
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+@pytest.mark.parametrize("listen", ["", "127.0.0.1:9475"])
+def test_a_socket_elsewhere_than_configured_is_refused(listen: str, state: State) -> None:
+    """Both addresses and the remedy are named."""
+    with socket.create_server(("127.0.0.1", 0)) as managers:
+        port = managers.getsockname()[1]
+        with pytest.raises(Invalid, match=f"listens on 127.0.0.1:{port}, metrics.listen = '{listen}': make ListenStream="):
+            Exporter(CollectorRegistry(), state, listen, managers).start()

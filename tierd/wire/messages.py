@@ -90,7 +90,7 @@ DATA = {
     "bye": {},
     "stats": {},
 }
-ADMIN: dict[str, dict[str, Argument]] = {"status": {}, "sync": {}, "drain": {}}
+ADMIN: dict[str, dict[str, Argument]] = {"status": {}, "sync": {}, "drain": {}, "reload": {}}
 
 WELCOME = {
     "version": U32,
