@@ -102,7 +102,10 @@ def main() -> None:
             "seconds": monotonic_seconds() - began,
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "logprobs": [
-                [chosen[token].logprob for token, chosen in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)]
+                [
+                    chosen[token].logprob
+                    for token, chosen in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+                ]
                 for output in outputs
             ],
             "cached": [output.num_cached_tokens for output in outputs],

@@ -8,6 +8,7 @@ one that is another request's, was never loaded, or was overwritten meanwhile, e
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,13 @@ class House:
             assert monotonic_seconds() < deadline, f"requests {list(self.scheduler.requests)} do not end"
             self.step()
 
-    def step(self) -> None:
-        """Schedule one step, execute it, and take the result of it or, when steps overlap, of the one before."""
+    def step(self, between: Callable[[], object] = lambda: None) -> None:
+        """Schedule one step, execute it, and take the result of it or, when steps overlap, of the one before.
+
+        `between` happens when the scheduler has decided and the worker has done nothing yet.
+        """
         output = self.scheduler.schedule()
+        between()
         self._running.append((output, self._execute(output)))
         while len(self._running) >= self._ahead or (self._running and not output.total_num_scheduled_tokens):
             scheduled, result = self._running.popleft()
@@ -158,8 +163,7 @@ class House:
             set_forward_context(None, self.config),
             KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output) as said,
         ):
-            for name in names:
-                sampled.append(self._compute(name, self._at[name], output.num_scheduled_tokens[name]))
+            sampled += [self._compute(name, self._at[name], output.num_scheduled_tokens[name]) for name in names]
         for name, message in self._wrong.items():  # a load within the step has failed, and vLLM throws the result away
             assert said.invalid_block_ids & set(self._pages[name]), message
             self.computed[name] -= output.num_scheduled_tokens[name]
@@ -238,5 +242,3 @@ class Flaky:
         for layer in pool._layers:
             layer[torch.from_numpy(pages[good:])] = 0x0BAD_0BAD
         return int(arrived)
-
-

@@ -12,7 +12,8 @@ import pytest
 from tests.daemon.conftest import Start
 from tests.daemon.harness import Daemon
 from tests.vllm.conftest import transfer
-from tests.vllm.house import BLOCK, Flaky, House, chain
+from tests.vllm.house import BLOCK, Flaky, House, chain, expected
+from tierd.clock import monotonic_seconds
 
 Build = Callable[..., House]
 
@@ -41,10 +42,15 @@ def build(daemon: Daemon, random_model: Path) -> Iterator[Build]:
     yield make
     for house in built:
         house.check_empty()
-        house.close()
     if daemon.process is not None and daemon.process.poll() is None:
-        for space in daemon.wait_until(lambda status: not status["sessions"])["namespaces"]:
-            assert space["slots"]["cpu"].get("held", 0) == 0, space
+        daemon.wait_until(lambda _: not leases(daemon))
+    for house in built:
+        house.close()
+
+
+def leases(daemon: Daemon) -> float:
+    """How many the daemon knows of."""
+    return sum(value for name, value in daemon.metrics().items() if name.startswith("tierd_leases"))
 
 
 MODES = [(load, save, ahead) for load in ("async", "sync") for save in ("async", "sync") for ahead in (False, True)]
@@ -84,18 +90,22 @@ def test_blocks_that_do_not_arrive_are_computed_once_and_not_asked_for_again(bui
     assert house.run(text, max_tokens=3) == 5 + 2, "what one request lost is offered to the next"
 
 
-def test_a_lost_block_is_stored_again(build: Build, daemon: Daemon) -> None:
-    """The daemon loses everything between look-up and load: it is recomputed, stored, and found by the next."""
+def test_a_daemon_killed_between_look_up_and_load_costs_a_computation(build: Build, daemon: Daemon) -> None:
+    """What was promised is gone: it is computed, nobody notices, and hits return with the daemon, without a new engine."""
     text = prompt(4, 8)
     build().run(text)
     house = build()
-    house.add(text)
-    house.scheduler.schedule  # noqa: B018
-    daemon.kill()
-    daemon.start()
+    name = house.add(text)
+    house.step(between=daemon.kill)
     house.finish()
-    house.forget()
-    house.run(text)
+    assert house.computed[name] == len(text) and house.tokens[name] == expected(text, 1)
+    daemon.start()
+    deadline = monotonic_seconds() + 20
+    while True:  # the client leaves a daemon that was away alone for a while
+        assert monotonic_seconds() < deadline, "no hits after the daemon is back"
+        house.forget()
+        if house.run(text) == 5:
+            break
 
 
 def test_the_head_may_be_in_vllms_cache_and_the_rest_in_tierd(build: Build) -> None:
@@ -103,10 +113,11 @@ def test_the_head_may_be_in_vllms_cache_and_the_rest_in_tierd(build: Build) -> N
     text = prompt(5, 12)
     build().run(text)
     house = build()
-    house.run(text[: 5 * BLOCK])
-    house.connector.worker.client = Flaky(house.connector.worker.client, 100)  # type: ignore[assignment]
+    house.run(text[: 5 * BLOCK + 1])
+    house.connector.worker.take()
     assert house.run(text) == 5
-    assert house.side.stats.data  # looked up
+    loaded = house.connector.worker.client.statistics["blocks_loaded"]
+    assert loaded == 12, "the head with the first request, what is behind it with the second"
 
 
 def test_an_abort_while_blocks_come_leaks_nothing(build: Build) -> None:
@@ -138,7 +149,7 @@ def test_an_abort_between_look_up_and_load_gives_the_lease_back(build: Build) ->
 
 
 def test_preempted_requests_come_back_with_the_right_kv(build: Build) -> None:
-    """More than there are pages for, all at once: everyone says what they would have said alone, stored and loaded meanwhile."""
+    """More than there are pages for, all at once: everyone says what they would have said alone."""
     house = build(pages=24)
     texts = [prompt(seed, 4) for seed in range(10, 16)]
     names = [house.add(text, max_tokens=3 * BLOCK) for text in texts]
@@ -176,14 +187,51 @@ def test_a_request_may_decline(build: Build) -> None:
     assert house.run(text) == 5
 
 
-def test_nothing_waits_for_a_daemon_that_is_not_there(build: Build, daemon: Daemon) -> None:
-    """Before, during and after: the same tokens, and what could be stored is a hit when it is back."""
-    text, other = prompt(18, 5), prompt(19, 5)
-    house = build()
-    house.run(text)
+def test_without_a_daemon_everything_is_computed(build: Build, daemon: Daemon) -> None:
+    """Before, during and after: the same tokens; what is held for saves that fail is given back."""
     daemon.kill()
+    house = build()
+    assert house.run(prompt(18, 5), max_tokens=40) == 5 * BLOCK + 5 + 39
     house.forget()
-    assert house.run(text) == len(text)
+    assert house.run(prompt(18, 5)) == 5 * BLOCK + 5
+
+
+def test_what_tierd_did_not_take_is_offered_again(build: Build, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that outlives the daemon's absence stores its whole chain with one of its next blocks."""
+    monkeypatch.setattr("tierd_engine.connectors.vllm.scheduler.AGAIN_SECONDS", 0.0)
+    daemon.kill()
+    text = prompt(20, 3)
+    house = build()
+    name = house.add(text, max_tokens=800)
+    while house.computed[name] < 6 * BLOCK:
+        house.step()
     daemon.start()
+    deadline = monotonic_seconds() + 20
+    while not daemon.status()["namespaces"]:
+        assert monotonic_seconds() < deadline and name in house.scheduler.requests
+        house.step()
     house.finish()
-    assert house.run(other) == len(other)
+    house.forget()
+    assert house.run(text) == 5
+
+
+def test_saves_take_no_more_pages_than_their_share(build: Build) -> None:
+    """What does not fit is skipped now and offered again; the request does not wait."""
+    house = build(pages=64, options={"saving_share": 0.1})
+    text = prompt(21, 14)
+    house.add(text, max_tokens=2)
+    most = 0
+    while house.scheduler.has_requests():
+        house.step()
+        most = max(most, house.side._saving_pages)
+    assert 0 < most <= 6
+    house.forget()
+    assert house.run(text) < len(text)
+
+
+@pytest.mark.parametrize("chunk", [64, 96, 512])
+def test_chunks_of_a_prompt_are_stored_as_they_come(build: Build, chunk: int) -> None:
+    """Whatever the budget of a step, the chain is whole."""
+    text = prompt(22, 9)
+    build(max_num_batched_tokens=chunk).run(text, max_tokens=3)
+    assert build(max_num_batched_tokens=chunk).run(text, max_tokens=3) == 5 + 2
