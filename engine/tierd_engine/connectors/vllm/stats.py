@@ -14,7 +14,11 @@ SERIES = {
     "lookup_blocks": ("vllm:tierd_lookup_blocks", "Full blocks of prompts that were looked up: hit + miss.", "result"),
     "load_blocks": ("vllm:tierd_load_blocks", "Blocks that requests waited for: loaded + failed.", "result"),
     "load_seconds": ("vllm:tierd_load_seconds", "Time of worker threads in loads.", None),
-    "save_blocks": ("vllm:tierd_save_blocks", "Full blocks: stored + present + refused + skipped.", "result"),
+    "save_blocks": (
+        "vllm:tierd_save_blocks",
+        "Full blocks, each time they are offered: stored + present + refused + skipped.",
+        "result",
+    ),
     "save_seconds": ("vllm:tierd_save_seconds", "Time of worker threads in saves.", None),
     "copied_bytes": ("vllm:tierd_copied_bytes", "Bytes copied: loaded + stored.", "direction"),
 }
