@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -85,9 +85,6 @@ def test_other_weights_in_the_same_place_are_another_model(house: House, random_
     assert model_name(house.config, house.kv_cache_config) != before
     assert model_name(house.config, house.kv_cache_config, "mine") == named
     assert model_name(house.config, house.kv_cache_config, "yours") != named
-
-
-Change = Callable[[Any, Any], tuple[Any, Any]]
 
 
 @pytest.mark.parametrize(
