@@ -67,14 +67,14 @@ def test_two_engines_share_and_a_restarted_daemon_hits(start: Start, engine: Beg
 def test_a_daemon_killed_under_a_running_engine_fails_no_request(start: Start, engine: Begin) -> None:
     """kill -9 with requests in every state: all end as they should, and hits return without an engine restart."""
     daemon = start(**ROOM)
-    running = engine(daemon.socket, arguments={"enable_prefix_caching": True, "kv_cache_memory_bytes": 4 * MEBI})
+    running = engine(daemon.socket, arguments={"enable_prefix_caching": True, "kv_cache_memory_bytes": 5 * MEBI})
     plain = engine(None, arguments={"kv_cache_memory_bytes": 64 * MEBI})
     prompts = [prompt(seed, 12 * BLOCK_TOKENS + 3) for seed in range(20, 36)]
     expected = plain.run(prompts, max_tokens=24)["tokens"]
     assert running.run(prompts, max_tokens=24)["tokens"] == expected
     again = running.run(prompts, max_tokens=24)
     assert again["tokens"] == expected and sum(again["cached"]) > 8 * 12 * BLOCK_TOKENS, (
-        "4 MiB hold 5 prompts: these are hits of tierd"
+        "5 MiB hold 6 prompts: these are hits of tierd"
     )
     for _ in range(3):
         running.ask(prompts, max_tokens=24)
