@@ -99,7 +99,8 @@ def ttft() -> None:
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"shared_storage_path": f"{folder}/files"},
         }
-        for name, transfer in (("tierd", tierd), ("ExampleConnector", files)):
+        connectors = {"tierd": tierd, "ExampleConnector": files}
+        for name, transfer in connectors.items() if len(sys.argv) < 3 else [(sys.argv[2], connectors[sys.argv[2]])]:
             for life in ("computed", "loaded"):
                 with Engine(Path(folder, "log"), **arguments, kv_transfer_config=transfer) as engine:
                     engine.run([list(range(2, 40))])  # what is set up with the first request
