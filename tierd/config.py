@@ -181,9 +181,10 @@ class Config:
         cannot hold the memory tiers or give as many descriptors as may be needed.
         """
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.cpu.bytes + self.gpu.bytes > memory_bytes:
+        gpu_bytes = self.gpu.bytes if self.gpu.device == "cpu" else 0
+        if self.cpu.bytes + gpu_bytes > memory_bytes:
             have, want = size_text(memory_bytes // MIB * MIB), size_text(self.cpu.bytes)
-            beside = f" and gpu.bytes = {size_text(self.gpu.bytes)}" if self.gpu.bytes else ""
+            beside = f" and gpu.bytes = {size_text(gpu_bytes)}" if gpu_bytes else ""
             raise Invalid(f"cpu.bytes = {want}{beside} is over this machine's memory of {have}: set it lower")
         self._check_descriptors()
         # Other users must be able to reach root's sockets, whose own mode says who may connect.

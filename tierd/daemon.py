@@ -18,6 +18,7 @@ from tierd import __version__, clock, history, log, systemd
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
+from tierd.cuda import Device
 from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
 from tierd.keeper import Keeper
@@ -28,8 +29,10 @@ from tierd.service import Service
 from tierd.space import Space
 from tierd.tiers import io
 from tierd.tiers.io.probe import probe
+from tierd.tiers.paths import Paths
 from tierd.tiers.state import StateDirectory
-from tierd.tiers.tier import MemoryTier, NvmeTier, Tier
+from tierd.tiers.tier import DeviceTier, MemoryTier, NvmeTier, Tier
+from tierd.values import MIB, size_text
 
 logger = log.get_logger("daemon")
 
@@ -139,13 +142,30 @@ def open_exporter(exporter: Exporter) -> Exporter:
 def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple[str, str]]:
     """The configured tiers, and which io engine and path NVMe is reached by."""
     gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
+    device = open_device(config)
     tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages)]
-    if gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
-        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes, "off"))
+    if device:
+        tiers.insert(0, DeviceTier("gpu", gpu.bytes, gpu.segment_bytes, device))
+    elif gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
+        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes))
     if not nvme.bytes:
         return tiers, ("none", "none")
     choice = probe(state.nvme_path, nvme.io_engine, nvme.probe_seconds_max, nvme.io_threads)
     path = "direct" if choice.direct else "buffered"
     logger.info("io engine", engine=choice.engine, path=path, reason=choice.reason)
-    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, io.make(choice.engine, nvme.io_threads)))
+    paths = Paths(choice.engine, device)
+    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, io.make(choice.engine, nvme.io_threads), paths))
     return tiers, (choice.engine, path)
+
+
+def open_device(config: Config) -> Device | None:
+    """The GPU of the gpu tier, if it has one: only then a driver is loaded. Raises Invalid where it cannot serve."""
+    gpu = config.gpu
+    if not gpu.bytes or gpu.device == "cpu":
+        return None
+    device = Device(int(gpu.device.removeprefix("cuda:")))
+    if gpu.bytes > device.total_bytes:
+        have, want = size_text(device.total_bytes // MIB * MIB), size_text(gpu.bytes)
+        raise Invalid(f"gpu.bytes = {want} is over the memory of {gpu.device} ({device.name}), {have}: set it lower")
+    logger.info("gpu", device=gpu.device, name=device.name, granularity=device.granularity)
+    return device

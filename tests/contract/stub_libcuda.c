@@ -6,9 +6,9 @@
 
 enum { SUCCESS = 0, NOT_INITIALIZED = 3, DRIVER_VERSION = 13000 };
 
-int cuDriverGetVersion(int *version) { *version = DRIVER_VERSION; return SUCCESS; }
+__attribute__((weak)) int cuDriverGetVersion(int *version) { *version = DRIVER_VERSION; return SUCCESS; }
 
-#define REFUSE(name) int name(void) { return NOT_INITIALIZED; }
+#define REFUSE(name) __attribute__((weak)) int name(void) { return NOT_INITIALIZED; }
 #define REFUSE_ALL_VERSIONS(name) REFUSE(name) REFUSE(name##_v2) REFUSE(name##_v3) REFUSE(name##_v4)
 
 REFUSE(cuInit) REFUSE(cuGetErrorName) REFUSE(cuGetErrorString)
