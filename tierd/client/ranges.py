@@ -46,7 +46,7 @@ class Range(Protocol):
         """All of it as uint8 `[count, row_bytes]`: a numpy array, or a DeviceArray on a GPU."""
 
     def close(self) -> None:
-        """Give the whole range back; nobody may touch it any more."""
+        """Give the whole range back, once; nobody may touch it any more."""
 
 
 class HostRange:
@@ -81,7 +81,9 @@ class HostRange:
 
     def close(self) -> None:
         """See Range."""
-        unmap(self._base, self._length)
+        length, self._length = self._length, 0
+        if length:
+            unmap(self._base, length)
 
     def _map(self, address: int, length: int, protection: int, flags: int, descriptor: int = -1) -> int:
         found = map_at(address, length, protection, flags, descriptor)
@@ -133,4 +135,6 @@ class DeviceRange:
         """See Range."""
         for offset, length in list(self._pieces):
             self.clear(offset, length)
-        self._device.free(self._base, self._length)
+        length, self._length = self._length, 0
+        if length:
+            self._device.free(self._base, length)
