@@ -87,6 +87,7 @@ class Nvme:
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     io_engine: str = key("auto", one_of("auto", "kvikio", "posix"))
     io_threads: int = key(8, count(1, 64))
+    require_gds: bool = key(False, boolean)
     write_back: bool = key(True, boolean)
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
 
@@ -356,6 +357,9 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
         if values[small] * factor > values[large]:
             raise Invalid(f"{named(small)}{note} is over {named(large)}: lower the first or raise the second")
 
+    if values["nvme.require_gds"] and (values["gpu.device"] == "cpu" or not values["gpu.bytes"] or not values["nvme.bytes"]):
+        remedy = "set gpu.device = 'cuda:0', gpu.bytes and nvme.bytes, or require nothing"
+        raise Invalid(f"{named('nvme.require_gds')} needs a gpu tier on a GPU and an nvme tier: {remedy}")
     refuse_over("cpu.segment_bytes", "cpu.bytes")
     for tier in ("gpu", "nvme"):
         if values[f"{tier}.bytes"]:

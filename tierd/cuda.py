@@ -1,11 +1,11 @@
-"""GPU memory that processes share: allocations passed as descriptors and mapped where one wants them, by the CUDA driver alone.
+"""GPU memory that processes share: allocations passed as descriptors and mapped where one wants them, by the CUDA driver.
 
-Nothing is loaded, and no GPU memory is taken, before the first `Device`. Then this process has the device's primary context, the one
-that torch and kvikio use too. The rule of this file: a context is current only within `with device`, so that the caller's own is
-never changed, and every call of the driver that can wait releases the GIL.
+Nothing is loaded, and no GPU memory is taken, before the first `Device`. Then this process has the device's primary context,
+which torch and kvikio use too. The rule of this file: a context is current only within `with device`, so that the caller's own
+is never changed, and every call of the driver that can wait releases the GIL.
 
-Source: CUDA driver API, "Virtual Memory Management" (cuMemCreate, cuMemExportToShareableHandle, cuMemMap), as in cuda.h of CUDA 12.8;
-structures and calls mean the same from 11.2 on.
+Source: CUDA driver API, "Virtual Memory Management" (cuMemCreate, cuMemExportToShareableHandle, cuMemMap), as in cuda.h of
+CUDA 12.8. All calls are there from CUDA 11.4 on.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Device:
                 raise
 
     def unmap(self, address: int, size: int) -> None:
-        """Leave addresses without memory, once all work of this process on the device has ended: it may still be touching them."""
+        """Leave addresses without memory, once all work of this process on the device has ended: it may be touching them."""
         with self:
             call("cuCtxSynchronize")
             call("cuMemUnmap", address, size)
@@ -213,7 +213,7 @@ class Device:
             call("cuCtxSynchronize")
 
     def download(self, target: int, source: int, size: int) -> None:
-        """Copy from the device to host memory, both given as addresses, within `with device`. Nothing is under way afterwards."""
+        """Copy from the device to host memory, given as addresses, within `with device`. Nothing is under way afterwards."""
         call("cuMemcpyDtoH_v2", target, source, size)
 
     def upload(self, target: int, source: int, size: int) -> None:

@@ -28,8 +28,10 @@ from tierd.server import Server
 from tierd.service import Service
 from tierd.space import Space
 from tierd.tiers import io
-from tierd.tiers.io.probe import probe
-from tierd.tiers.paths import Paths
+from tierd.tiers.gds import Measured, measure
+from tierd.tiers.io import cufile
+from tierd.tiers.io.probe import Choice, probe
+from tierd.tiers.paths import Paths, Speeds
 from tierd.tiers.state import StateDirectory
 from tierd.tiers.tier import DeviceTier, MemoryTier, NvmeTier, Tier
 from tierd.values import MIB, size_text
@@ -60,7 +62,7 @@ async def serve(config: Config) -> int:
         state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
         stack.callback(state.close)
         previous = await history.begin(config.server.state_dir, clock.unix_milliseconds())
-        tiers, path = open_tiers(config, state)
+        tiers, way = open_tiers(config, state)
         keeper = Keeper(tiers, config.nvme.io_threads)
         stack.push_async_callback(keeper.close)
 
@@ -72,17 +74,17 @@ async def serve(config: Config) -> int:
             return keeper.spaces[namespace.id]
 
         adopted = adopt(tiers, systemd.inherited(), space_of, clock.unix_milliseconds())
-        metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost})
+        metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost})
         service = Service(config, keeper, metrics, space_of)
 
         def health() -> tuple[bool, str]:
             if stop.is_set() or not serving.is_set():
                 return False, "draining" if stop.is_set() else "starting"
-            return True, f"ready\nio {path[0]} {path[1]}"
+            return True, f"ready\nio {way.engine} {way.path}\ngpu {way.gpu}"
 
         exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen))
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, path, exporter.address, stop.set)
+        admin = Admin(config, keeper, metrics, way, exporter.address, stop.set)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
@@ -101,7 +103,7 @@ async def serve(config: Config) -> int:
         systemd.ready()
         seconds = clock.monotonic_seconds() - started
         logger.info(
-            "ready", version=__version__, socket=server.socket, io=path[0], path=path[1], previous=previous, seconds=seconds
+            "ready", version=__version__, socket=server.socket, io=way.engine, path=way.path, previous=previous, seconds=seconds
         )
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, background}, return_when=asyncio.FIRST_COMPLETED)
@@ -139,8 +141,8 @@ def open_exporter(exporter: Exporter) -> Exporter:
     return exporter
 
 
-def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple[str, str]]:
-    """The configured tiers, and which io engine and path NVMe is reached by."""
+def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], io.Io]:
+    """The configured tiers, and how NVMe is reached."""
     gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
     device = open_device(config)
     tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages)]
@@ -149,13 +151,29 @@ def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple
     elif gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
         tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes))
     if not nvme.bytes:
-        return tiers, ("none", "none")
+        return tiers, io.Io("none", "none")
     choice = probe(state.nvme_path, nvme.io_engine, nvme.probe_seconds_max, nvme.io_threads)
     path = "direct" if choice.direct else "buffered"
     logger.info("io engine", engine=choice.engine, path=path, reason=choice.reason)
-    paths = Paths(choice.engine, device)
-    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, io.make(choice.engine, nvme.io_threads), paths))
-    return tiers, (choice.engine, path)
+    engine = io.make(choice.engine, nvme.io_threads)
+    paths = Paths(choice.engine, device, speeds_of_gds(config, state, choice) if device else None)
+    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, engine, paths))
+    return tiers, io.Io(choice.engine, path, paths.gpu)
+
+
+def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Speeds | None:
+    """How fast GPUDirect Storage is, and None where it does not work; raises Invalid if it is required then."""
+    nvme = config.nvme
+    found = Measured(None, (f"the io engine is {choice.engine} ({choice.reason}), it needs kvikio",))
+    if choice.engine == "kvikio":
+        number = int(config.gpu.device.removeprefix("cuda:"))
+        found = measure(state.nvme_path, number, nvme.io_threads, nvme.probe_seconds_max)
+    if found.speeds is None and nvme.require_gds:
+        raise Invalid(f"nvme.require_gds = true, but GPUDirect Storage does not work at {state.nvme_path}: {found}")
+    if found.speeds:
+        cufile.start()
+    logger.info("gpudirect storage", works=found.speeds is not None, found=str(found))
+    return found.speeds
 
 
 def open_device(config: Config) -> Device | None:

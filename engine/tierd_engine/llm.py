@@ -70,8 +70,8 @@ class LLM:
         self.client: Client | None = None
         self.memory: Memory
         if connect and memory == "tier":
-            about = {"model": fingerprint(model), "layout": self.layout, "device": device}
-            slots = connect(**about, pages_max=SLOTS_MAX, private_pages=pages)
+            sizes = {"pages_max": SLOTS_MAX, "private_pages": pages}
+            slots = connect(model=fingerprint(model), layout=self.layout, device=device, **sizes)
             self.memory = TierMemory(self.layout, slots)
         elif connect:
             self.client = connect(model=fingerprint(model), layout=self.layout)

@@ -7,8 +7,9 @@
  * what order copies become visible, and what becomes of memory whose exporter is killed (here it lives as long as a descriptor).
  *
  * Prototypes come from the real cuda.h, so a wrong one does not compile. Settings, by environment variables:
- *   STUB_CUDA_DEVICES (1), STUB_CUDA_GRANULARITY (2 MiB), STUB_CUDA_BYTES (1 GiB: of an allocation), STUB_CUDA_LACKS (numbers of device
- *   attributes that are 0, such as "103"), STUB_CUDA_IMPORT_FAILS (set: no descriptor can be imported)
+ *   STUB_CUDA_DEVICES (1), STUB_CUDA_GRANULARITY (2 MiB), STUB_CUDA_BYTES (1 GiB: what the device says it has),
+ *   STUB_CUDA_ALLOCATION_BYTES_MAX (1 GiB: what can be had at once), STUB_CUDA_LACKS (numbers of device
+ *   attributes that are 0, such as "103"), STUB_CUDA_IMPORT_FAILS (a path: while a file is there, no descriptor can be imported)
  */
 
 #define _GNU_SOURCE
@@ -54,6 +55,7 @@ CUresult cuGetErrorName(CUresult error, const char **name) {
         case CUDA_ERROR_NOT_INITIALIZED: *name = "CUDA_ERROR_NOT_INITIALIZED"; break;
         case CUDA_ERROR_INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
         case CUDA_ERROR_INVALID_DEVICE: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
+        case CUDA_ERROR_NOT_SUPPORTED: *name = "CUDA_ERROR_NOT_SUPPORTED"; break;
         case CUDA_ERROR_INVALID_HANDLE: *name = "CUDA_ERROR_INVALID_HANDLE"; break;
         default: *name = "CUDA_ERROR_UNKNOWN";
     }
@@ -163,11 +165,15 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CU
         && prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR && !prop->win32HandleMetaData && !flags;
     if (known(prop->location.id)) return known(prop->location.id);
     if (!right || !size || size % granularity()) return CUDA_ERROR_INVALID_VALUE;
-    int fits = size <= setting("STUB_CUDA_BYTES", 1 << 30);
+    int fits = size <= setting("STUB_CUDA_ALLOCATION_BYTES_MAX", 1 << 30);
     char name[32];
     snprintf(name, sizeof name, "device-%d", prop->location.id);
     int descriptor = fits ? memfd_create(name, MFD_CLOEXEC) : -1;
     if (descriptor < 0 || ftruncate(descriptor, size)) return CUDA_ERROR_OUT_OF_MEMORY;
+    void *content = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+    if (content == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+    memset(content, 0xa5, size);  /* nobody says that new memory is zero */
+    munmap(content, size);
     *handle = descriptor;
     return CUDA_SUCCESS;
 }
@@ -186,7 +192,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, vo
     int given = (int)(size_t)descriptor;
     if (!initialized) return CUDA_ERROR_NOT_INITIALIZED;
     if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR || !is_device_memory(given)) return CUDA_ERROR_INVALID_VALUE;
-    if (getenv("STUB_CUDA_IMPORT_FAILS")) return CUDA_ERROR_INVALID_HANDLE;
+    if (getenv("STUB_CUDA_IMPORT_FAILS") && !access(getenv("STUB_CUDA_IMPORT_FAILS"), F_OK)) return CUDA_ERROR_NOT_SUPPORTED;
     *handle = dup(given);
     return CUDA_SUCCESS;
 }
@@ -321,3 +327,12 @@ static CUresult copy(void *target, const void *source, size_t size, CUdeviceptr 
 
 CUresult cuMemcpyHtoD_v2(CUdeviceptr target, const void *source, size_t size) { return copy((void *)target, source, size, target); }
 CUresult cuMemcpyDtoH_v2(void *target, CUdeviceptr source, size_t size) { return copy(target, (void *)source, size, source); }
+
+/* Here nothing is ever under way, and any host memory can be registered. Weak: a file that emulates streams may say otherwise. */
+__attribute__((weak)) CUresult cuStreamSynchronize(CUstream stream) { (void)stream; return cuCtxSynchronize(); }
+
+__attribute__((weak)) CUresult cuMemHostRegister_v2(void *start, size_t size, unsigned int flags) {
+    return !depth ? CUDA_ERROR_INVALID_CONTEXT : start && size && !flags ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+__attribute__((weak)) CUresult cuMemHostUnregister(void *start) { return start ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }

@@ -203,7 +203,7 @@ def test_without_nvme_it_serves_from_memory_alone(start: Start) -> None:
     assert daemon.run("sync").returncode == 0
     status = daemon.status()
     assert list(status["tiers"]) == ["cpu"]
-    assert status["io"] == {"engine": "none", "path": "none"}
+    assert status["io"] == {"engine": "none", "path": "none", "gpu": "none"}
     assert "no nvme" in daemon.run("status").stdout
     assert not list(daemon.state.rglob("*.directory"))
     assert daemon.get("/readyz") == (200, "ready\nio none none\n")

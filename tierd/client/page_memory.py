@@ -1,9 +1,9 @@
 """The memory of a paged engine: one range of addresses, in which page number and slot number are the same.
 
 The range is reserved once and never moves, in host memory or in a GPU's (`ranges`). A segment is mapped at the place of its
-ordinal, so its slots are pages at once; a place without a segment cannot be touched (SIGSEGV). Behind all slots there are private pages, which no daemon
-knows. A place is given up only when no page in it is held, whatever became of the daemon: until then a new segment of
-the same ordinal waits for it.
+ordinal, so its slots are pages at once; a place without a segment cannot be touched (SIGSEGV). Behind all slots there are
+private pages, which no daemon knows. A place is given up only when no page in it is held, whatever became of the daemon: until
+then a new segment of the same ordinal waits for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ranges of addresses that are reserved once and filled in pieces, in host memory and in a GPU's.
 
-A piece is shared memory that came as a descriptor, or memory of our own; what is neither cannot be touched. Offsets and lengths are in
-bytes. Everything raises OSError when it cannot be done.
+A piece is shared memory that came as a descriptor, or memory of our own; what is neither cannot be touched. Offsets and lengths
+are in bytes. Everything raises OSError when it cannot be done.
 """
 
 from __future__ import annotations

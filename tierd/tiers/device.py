@@ -60,8 +60,8 @@ class DeviceSegment:
         if not slot_count:
             needed = Geometry(step, layout.block_bytes).total_bytes
             raise Invalid(
-                f"a segment of {segment_bytes} bytes cannot hold {step} blocks of {layout.block_bytes} bytes, the least that fill "
-                f"whole units of {granularity} bytes of GPU memory: raise gpu.segment_bytes to at least {needed}"
+                f"a segment of {segment_bytes} bytes cannot hold {step} blocks of {layout.block_bytes} bytes, the least that "
+                f"fill whole units of {granularity} bytes of GPU memory: raise gpu.segment_bytes to at least {needed}"
             )
         return Geometry(slot_count, layout.block_bytes)
 

@@ -1,8 +1,8 @@
 """The ways between memory and segment files, and how many bytes took each.
 
-From and to host memory an io engine moves bytes by itself. For a GPU's memory there are two ways: straight, by GPUDirect Storage, and
-through a buffer of host memory ("bounce"). Which one is faster depends on the machine, the direction and the size of a block,
-so it was measured (`Speeds`, by the probe); without GPUDirect Storage there is only the buffer.
+From and to host memory an io engine moves bytes by itself. For a GPU's memory there are two ways: straight, by GPUDirect
+Storage, and through a buffer of host memory ("bounce"). Which one is faster depends on the machine, the direction and the size
+of a block, so it was measured (`Speeds`, by the probe); without GPUDirect Storage there is only the buffer.
 
 Both ways are verified by the digest of segment files, computed in host memory: what goes straight is copied there for that.
 """
@@ -61,6 +61,11 @@ class Paths:
         """Payload bytes that have arrived, by path and direction."""
         self._lock = Lock()
         self._staging = local()
+
+    @property
+    def gpu(self) -> str:
+        """The best of the ways to a GPU: "gds", "bounce" or "none"."""
+        return "none" if self.device is None else GDS if self.speeds else BOUNCE
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ class MemoryTier:
         return segment
 
     def adopt(self, directory_fd: int, slots_fd: int) -> MemorySegment:
-        """The segment that these descriptors are, which belong to it then; raises Invalid with the reason when they are none."""
+        """The segment that these descriptors are, which belong to it then; raises Invalid when they are none."""
         return HostSegment.adopt(directory_fd, slots_fd)
 
     def discard(self, segment: MemorySegment) -> bool:
