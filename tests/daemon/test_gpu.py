@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda.build import environ, load
+from tests.contract.test_io_engines import need_kvikio
+from tests.cuda.build import environ, load, with_cufile
 from tests.daemon.conftest import Start
 from tests.daemon.harness import Daemon, hashes_of
 from tests.daemon.test_pages import answer, reserve, until
@@ -274,3 +275,74 @@ def test_a_gpu_without_memory_left_costs_the_tier_its_growth_and_nothing_else(
     assert "cuMemCreate says CUDA_ERROR_OUT_OF_MEMORY" in daemon.log and "lower gpu.bytes" in daemon.log
     with daemon.peer(layout=LAYOUT.to_map(), fingerprint=LAYOUT.fingerprint) as other:
         assert other.ask("store", hashes=hashes_of(1, 4))["lease"]
+
+
+# -- GPUDirect Storage, emulated ---------------------------------------------------------------------------------------
+
+
+def test_where_gds_works_blocks_take_the_way_that_was_faster(
+    launch: Callable[..., Daemon], connect: Any, emulation: Path
+) -> None:
+    """The daemon says which ways there are; every byte to and from NVMe went one of them, as cuFile's own counters say."""
+    need_kvikio()
+    load(emulation)
+    daemon = launch(
+        Gpu(False, with_cufile(emulation)), nvme_io_engine="kvikio", nvme_require_gds="true", cpu_bytes=SEGMENT_BYTES
+    )
+    assert daemon.status()["io"]["gpu"] == "gds" and daemon.get("/readyz")[1].endswith("gpu gds\n")
+    with daemon.peer(layout=LAYOUT.to_map(), fingerprint=LAYOUT.fingerprint) as other:
+        other.ask("store", hashes=hashes_of(99, SLOTS))
+        client = connect(daemon)
+        for seed in range(4):
+            client.release(store(client, hashes_of(seed, SLOTS)))
+            daemon.ask("sync", deadline_ms=60_000)
+        found = find(client, hashes_of(0, SLOTS))
+        assert found.tiers["nvme"] == found.ready == SLOTS
+    operations = {key: value for key, value in daemon.metrics().items() if key.startswith("tierd_cufile_operations_total")}
+    for direction, blocks in (("write", 4 * SLOTS), ("read", SLOTS)):
+        taken = path_bytes(daemon, direction)
+        assert sum(taken.values()) == blocks * LAYOUT.block_bytes and taken["kvikio-host"] == 0
+        straight = operations[f'tierd_cufile_operations_total{{direction="{direction}",way="p2p"}}']
+        assert straight * LAYOUT.block_bytes == taken["gds"]
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "reason"),
+    [
+        ({"nvme_io_engine": "posix"}, {}, "the io engine is posix (asked for), it needs kvikio"),
+        ({}, {"STUB_CUFILE_WAY": "posix"}, "blocks through host memory, in its compatibility mode"),
+        ({}, {"KVIKIO_COMPAT_MODE": "ON"}, "kvikio is in its compatibility mode"),
+    ],
+    ids=["engine", "cufile", "kvikio"],
+)
+def test_gds_that_is_required_and_does_not_work_stops_the_start(
+    make: Start, emulation: Path, values: dict[str, str], settings: dict[str, str], reason: str
+) -> None:
+    """With the reasons; without the requirement the daemon would serve through host memory."""
+    need_kvikio()
+    environment = with_cufile(emulation) | settings
+    said = refusal(make, environment, **({"nvme_io_engine": "kvikio", "nvme_require_gds": "true"} | values))
+    assert "nvme.require_gds = true, but GPUDirect Storage does not work at" in said and reason in said
+
+
+# -- what only a real GPU can show ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_torch_computes_in_pages_without_a_copy(launch: Callable[..., Daemon], connect: Any) -> None:
+    """A tensor over all pages, made before any segment is there, is the pages: what it writes is what the daemon hands out."""
+    torch = pytest.importorskip("torch")
+    tier = pytest.importorskip("tierd_engine.tier")
+    daemon = launch(Gpu(True))
+    client, other = connect(daemon), connect(daemon)
+    tensor = tier.tensor_over(client.memory)
+    assert tensor.is_cuda and tensor.data_ptr() == client.memory.address
+    until(client, lambda: client.alive)
+    hashes = hashes_of(1, SLOTS)
+    pages = reserve(client, SLOTS)
+    for page, block in zip(pages.tolist(), split(hashes), strict=True):
+        tensor[page] = torch.from_numpy(payload_of(block).copy()).cuda()
+    torch.cuda.synchronize()
+    assert (answer(client, client.commit(pages, (ROOT + hashes)[: len(hashes)], hashes)).codes == -1).all()
+    until(other, lambda: other.alive)
+    assert find(other, hashes).pages.tolist() == pages.tolist()

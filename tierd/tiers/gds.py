@@ -49,8 +49,13 @@ class Measured:
 
 
 def measure(folder: Path, device: int, threads: int, timeout_seconds: float) -> Measured:
-    """Try it in `folder`. Blocks up to `timeout_seconds` and a little; raises nothing."""
-    failure, output = in_child("tierd.tiers.gds", str(folder), str(device), str(threads), timeout_seconds=timeout_seconds)
+    """Try it in `folder`. Blocks up to `timeout_seconds` and a little; whatever fails is a reason."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".gds-", ignore_cleanup_errors=True) as scratch:
+            arguments = scratch, str(device), str(threads)
+            failure, output = in_child("tierd.tiers.gds", *arguments, timeout_seconds=timeout_seconds)
+    except OSError as error:
+        failure, output = str(error), ""
     if failure:
         return Measured(None, (f"it was tried: {failure}",))
     answer = json.loads(output)
@@ -71,9 +76,8 @@ def _try(folder: Path, number: int, threads: int) -> dict[str, object]:
     counts, device = cufile.start(), Device(number)
     address = device.reserve(size := -(-ROUND_BYTES // device.granularity) * device.granularity)
     device.map(address, size, device.create(size))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".gds-") as scratch:
-        trial = _Trial(Path(scratch), engine, device, address)
-        measured = {size: trial.run(size) for size in SIZES}
+    trial = _Trial(folder, engine, device, address)
+    measured = {size: trial.run(size) for size in SIZES}
     rows = {way: {size: [found[path, way] for path in (GDS, BOUNCE)] for size, found in measured.items()} for way in DIRECTIONS}
     return {"reasons": _doubts(cufile.operations() if counts else None), "measured": rows}
 
