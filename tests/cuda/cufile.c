@@ -17,7 +17,9 @@ static atomic_ulong reads, writes;
 
 /* -- driver -------------------------------------------------------------------------------------------------------- */
 
-CUfileError_t cuFileDriverOpen(void) { return success; }
+static int is_open;
+
+CUfileError_t cuFileDriverOpen(void) { is_open = 1; return success; }
 #undef cuFileDriverClose
 CUfileError_t cuFileDriverClose(void) { return success; }
 CUfileError_t cuFileDriverClose_v2(void) { return success; }
@@ -53,7 +55,12 @@ ssize_t cuFileWrite(CUfileHandle_t handle, const void *base, size_t size, off_t 
 static int level, started;
 
 CUfileError_t cuFileSetStatsLevel(int wanted) { level = wanted; return success; }
-CUfileError_t cuFileStatsStart(void) { started = 1; return success; }
+
+CUfileError_t cuFileStatsStart(void) {
+    if (!is_open) return (CUfileError_t){CU_FILE_DRIVER_NOT_INITIALIZED, CUDA_SUCCESS};
+    started = 1;
+    return success;
+}
 
 CUfileError_t cuFileGetStatsL3(CUfileStatsLevel3_t *stats) {
     const char *way = getenv("STUB_CUFILE_WAY") ? getenv("STUB_CUFILE_WAY") : "p2p";

@@ -159,7 +159,7 @@ class FileSegment:
             self._give_up(at)
             return np.zeros(len(at), np.bool_)
         outcomes = self._payloads.write(self._blocks(at, payloads))
-        done = np.array([self._noted("write", outcome) for outcome in outcomes], np.bool_)
+        done = np.array([self.noted("write", outcome) for outcome in outcomes], np.bool_)
         with self._lock:
             self.directory.ready(at[done])
             self.directory.free(at[~done])
@@ -178,7 +178,7 @@ class FileSegment:
             assert (self.directory.codes()[at] == READY).all(), "only a ready slot can be read"
             rows = self.directory.identity[at]
         outcomes = self._payloads.read(self._blocks(at, buffers))
-        came = np.flatnonzero([self._noted("read", outcome) for outcome in outcomes])
+        came = np.flatnonzero([self.noted("read", outcome) for outcome in outcomes])
         found = digest([buffers[index] for index in came.tolist()], self.header.geometry.payload_bytes)
         right = (rows["digest_kind"][came] == DIGEST_XXH3_64) & (rows["digest"][came] == found)
         codes = np.full(len(at), READ_FAILED, np.uint8)
@@ -238,7 +238,7 @@ class FileSegment:
             self.path.unlink(missing_ok=True)
             slots_path(self.path).unlink(missing_ok=True)
         except OSError as error:
-            return self._noted("unlink", error)
+            return self.noted("unlink", error)
         finally:
             self.close()
         return True
@@ -270,7 +270,7 @@ class FileSegment:
                 for start, length in page_ranges(column_offset, row_bytes, at):
                     _write_whole(self._descriptor, self._pages[start : start + length], start)
         except OSError as error:
-            return self._noted("directory", error)
+            return self.noted("directory", error)
         return True
 
     def _give_up(self, at: NDArray[np.int64]) -> None:
@@ -280,8 +280,8 @@ class FileSegment:
             self.directory.free(at)
         self._put_states(at)
 
-    def _noted(self, action: str, outcome: Exception | None) -> bool:
-        """Count a failure by its reason; returns whether there was none."""
+    def noted(self, action: str, outcome: Exception | None) -> bool:
+        """Count a failure of what was done with the segment, by its reason; returns whether there was none."""
         if outcome is not None:
             code = errno.errorcode.get(outcome.errno or 0, "error") if isinstance(outcome, OSError) else "error"
             self._count(f"{action}: {code}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, local
 from typing import Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from tierd.cuda import Device, DeviceArray
 from tierd.log import get_logger
 from tierd.tiers.directory import Slots
-from tierd.tiers.nvme import READ_OK, FileSegment, digests
+from tierd.tiers.nvme import READ_FAILED, READ_OK, FileSegment, digests
 
 log = get_logger("paths")
 EMPTY: NDArray[np.uint8] = np.empty(0, np.uint8)
@@ -75,32 +76,35 @@ class Paths:
     def write(
         self, segment: FileSegment, slots: Slots, payloads: Sequence[Any], hashes: bytes, parents: bytes
     ) -> NDArray[np.bool_]:
-        """`FileSegment.write` from memory of either kind, all payloads of the same. Raises OSError when the GPU fails."""
-        path = self._choose(WRITE, segment, payloads)
+        """`FileSegment.write` from memory of either kind, all payloads of the same."""
+        path, done = self._choose(WRITE, segment, payloads), np.zeros(len(payloads), np.bool_)
         if path == GDS:
-            done = segment.write(slots, payloads, hashes, parents, self._digests)
+            with counted(segment):  # digests come first: when the GPU fails, nothing was begun
+                done = segment.write(slots, payloads, hashes, parents, self._digests)
         elif path == BOUNCE:
-            done = np.zeros(len(payloads), np.bool_)
             for part, staged in self._staged(payloads):
-                download(staged, payloads[part])
                 names = slice(32 * part.start, 32 * part.stop)
-                done[part] = segment.write(slots[part], staged, hashes[names], parents[names])
+                with counted(segment):
+                    download(staged, payloads[part])
+                    done[part] = segment.write(slots[part], staged, hashes[names], parents[names])
         else:
             done = segment.write(slots, payloads, hashes, parents)
         self._count(path, WRITE, segment, int(done.sum()))
         return done
 
     def read(self, segment: FileSegment, slots: Slots, payloads: Sequence[Any]) -> NDArray[np.uint8]:
-        """`FileSegment.read` to memory of either kind, all payloads of the same. Raises OSError when the GPU fails."""
-        path = self._choose(READ, segment, payloads)
+        """`FileSegment.read` to memory of either kind, all payloads of the same."""
+        path, codes = self._choose(READ, segment, payloads), np.full(len(payloads), READ_FAILED, np.uint8)
         if path == GDS:
-            codes = segment.read(slots, payloads, self._digests)
+            with counted(segment):
+                codes = segment.read(slots, payloads, self._digests)
         elif path == BOUNCE:
-            codes = np.empty(len(payloads), np.uint8)
             for part, staged in self._staged(payloads):
-                codes[part] = segment.read(slots[part], staged)
-                good = np.flatnonzero(codes[part] == READ_OK).tolist()
-                upload([payloads[part][at] for at in good], [staged[at] for at in good])
+                read = segment.read(slots[part], staged)
+                good = np.flatnonzero(read == READ_OK).tolist()
+                with counted(segment):
+                    upload([payloads[part][at] for at in good], [staged[at] for at in good])
+                    codes[part] = read
         else:
             codes = segment.read(slots, payloads)
         self._count(path, READ, segment, int((codes == READ_OK).sum()))
@@ -151,6 +155,15 @@ class Paths:
             log.warning("host memory cannot be registered with the GPU: copies are slower", reason=error.strerror)
             return False
         return True
+
+
+@contextmanager
+def counted(segment: FileSegment) -> Iterator[None]:
+    """A GPU that fails to copy costs the blocks that it was about, and is counted with the failures of the segment."""
+    try:
+        yield
+    except OSError as error:
+        segment.noted("gpu", error)
 
 
 def download(targets: Sequence[NDArray[np.uint8]], sources: Sequence[DeviceArray]) -> None:

@@ -51,9 +51,14 @@ class Statistics(Structure):
 
 
 def start() -> bool:
-    """Begin to count; False where cuFile is not loaded or has no statistics."""
+    """Open cuFile's driver and begin to count; False where it is not loaded, does not work or has no statistics.
+
+    May never return: some releases spin in `cuFileDriverOpen` where /proc/modules is missing.
+    """
     library = _library()
-    return library is not None and not library.cuFileSetStatsLevel(LEVEL).file and not library.cuFileStatsStart().file
+    if library is None or library.cuFileDriverOpen().file or library.cuFileSetStatsLevel(LEVEL).file:
+        return False
+    return not library.cuFileStatsStart().file
 
 
 def operations() -> Counter[tuple[str, str]] | None:
@@ -73,7 +78,7 @@ def operations() -> Counter[tuple[str, str]] | None:
 def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        for name in ("cuFileSetStatsLevel", "cuFileStatsStart", "cuFileGetStatsL3"):
+        for name in ("cuFileDriverOpen", "cuFileSetStatsLevel", "cuFileStatsStart", "cuFileGetStatsL3"):
             getattr(library, name).restype = _Error
     except (OSError, AttributeError):
         return None
