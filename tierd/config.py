@@ -68,6 +68,11 @@ class Gpu:
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     device: str = key("cpu", device)
 
+    @property
+    def host_bytes(self) -> int:
+        """How much of it is this machine's memory: nothing of a GPU's."""
+        return self.bytes if self.device == "cpu" else 0
+
 
 @dataclass(frozen=True)
 class Cpu:
@@ -182,10 +187,9 @@ class Config:
         cannot hold the memory tiers or give as many descriptors as may be needed.
         """
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        gpu_bytes = self.gpu.bytes if self.gpu.device == "cpu" else 0
-        if self.cpu.bytes + gpu_bytes > memory_bytes:
+        if self.cpu.bytes + self.gpu.host_bytes > memory_bytes:
             have, want = size_text(memory_bytes // MIB * MIB), size_text(self.cpu.bytes)
-            beside = f" and gpu.bytes = {size_text(gpu_bytes)}" if gpu_bytes else ""
+            beside = f" and gpu.bytes = {size_text(self.gpu.host_bytes)}" if self.gpu.host_bytes else ""
             raise Invalid(f"cpu.bytes = {want}{beside} is over this machine's memory of {have}: set it lower")
         self._check_descriptors()
         # Other users must be able to reach root's sockets, whose own mode says who may connect.
