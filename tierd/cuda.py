@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from ctypes import (
     POINTER,
     Structure,
@@ -262,6 +263,14 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {"shape": self.shape, "typestr": "|u1", "data": (self.address, False), "version": 3, "strides": None}
+
+
+def device_number(name: str) -> int | None:
+    """The number in "cuda:0", and None for "cpu"; raises Invalid for anything else."""
+    found = re.fullmatch(r"cuda:(\d{1,3})", name)
+    if not found and name != "cpu":
+        raise Invalid(f"device {name!r} must be 'cpu' or a GPU by its number, such as 'cuda:0'")
+    return int(found[1]) if found else None
 
 
 def call(name: str, *arguments: Any) -> None:

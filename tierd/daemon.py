@@ -18,7 +18,7 @@ from tierd import __version__, clock, history, log, systemd
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
-from tierd.cuda import Device
+from tierd.cuda import Device, device_number
 from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
 from tierd.keeper import Keeper
@@ -166,8 +166,7 @@ def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Spee
     nvme = config.nvme
     found = Measured(None, (f"the io engine is {choice.engine} ({choice.reason}), it needs kvikio",))
     if choice.engine == "kvikio":
-        number = int(config.gpu.device.removeprefix("cuda:"))
-        found = measure(state.nvme_path, number, nvme.io_threads, nvme.probe_seconds_max)
+        found = measure(state.nvme_path, config.gpu.device, nvme.io_threads, nvme.probe_seconds_max)
     if found.speeds is None and nvme.require_gds:
         raise Invalid(f"nvme.require_gds = true, but GPUDirect Storage does not work at {state.nvme_path}: {found}")
     if found.speeds:
@@ -178,10 +177,10 @@ def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Spee
 
 def open_device(config: Config) -> Device | None:
     """The GPU of the gpu tier, if it has one: only then a driver is loaded. Raises Invalid where it cannot serve."""
-    gpu = config.gpu
-    if not gpu.bytes or gpu.device == "cpu":
+    gpu, number = config.gpu, device_number(config.gpu.device)
+    if not gpu.bytes or number is None:
         return None
-    device = Device(int(gpu.device.removeprefix("cuda:")))
+    device = Device(number)
     if gpu.bytes > device.total_bytes:
         have, want = size_text(device.total_bytes // MIB * MIB), size_text(gpu.bytes)
         raise Invalid(f"gpu.bytes = {want} is over the memory of {gpu.device} ({device.name}), {have}: set it lower")

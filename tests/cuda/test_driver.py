@@ -186,6 +186,14 @@ def test_structures_are_those_of_the_real_headers(tmp_path: Path) -> None:
     assert dict(zip(ours, map(int, theirs), strict=True)) == ours
 
 
+def test_a_device_is_named_by_its_number() -> None:
+    """Anything else is refused with what it must be: "cuda" alone means another GPU to each process."""
+    assert cuda.device_number("cuda:12") == 12 and cuda.device_number("cpu") is None
+    for name in ("cuda", "cuda:-1", "gpu:0", ""):
+        with pytest.raises(Invalid, match="such as 'cuda:0'"):
+            cuda.device_number(name)
+
+
 def test_opening_an_unusable_gpu_is_the_callers_mistake(emulation: Path) -> None:
     """It is Invalid, which a program reports and does not try again."""
     load(emulation)

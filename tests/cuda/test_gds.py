@@ -33,7 +33,7 @@ def measured(folder: Path, environment: dict[str, str], monkeypatch: pytest.Monk
     """What a daemon in that environment would be told."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = measure(folder, 0, 4, PATIENCE_SECONDS)
+    found = measure(folder, "cuda:0", 4, PATIENCE_SECONDS)
     assert list(folder.iterdir()) == [], "the trial left something behind"
     return found
 
@@ -93,7 +93,7 @@ def test_a_trial_that_hangs_ends_at_its_deadline(emulation: Path, tmp_path: Path
     """The child is given up, and the reason says so."""
     for name, value in with_cufile(emulation, STUB_CUFILE_MICROSECONDS="60000000").items():
         monkeypatch.setenv(name, value)
-    assert str(measure(tmp_path, 0, 1, 3.0)) == "it was tried: no answer within 3 s"
+    assert str(measure(tmp_path, "cuda:0", 1, 3.0)) == "it was tried: no answer within 3 s"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from tierd.client.connection import Connection, Ticket
 from tierd.client.link import Link
 from tierd.client.page_memory import PageMemory, Pages
 from tierd.clock import monotonic_seconds
-from tierd.cuda import Device
+from tierd.cuda import Device, device_number
 from tierd.errors import Busy, Closed, Invalid, TierdError
 from tierd.layout import Layout
 from tierd.wire.messages import (
@@ -147,7 +147,7 @@ class PageClient:
             **({"domain": domain} if domain else {}),
         }
         self.deadline_seconds = deadline_seconds
-        gpu = None if device == "cpu" else Device(int(device.removeprefix("cuda:")))
+        gpu = None if (number := device_number(device)) is None else Device(number)
         self._memory = PageMemory(layout, pages_max, private_pages, gpu)
         self._reserved: NDArray[np.bool_] = np.zeros(pages_max, np.bool_)
         self._resuming = self._memory.held.copy()

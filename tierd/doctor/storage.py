@@ -103,8 +103,7 @@ def _io_engine(config: Config, folder: Path) -> Finding:
 
 def _gds(config: Config, folder: Path) -> Finding:
     """Whether GPUDirect Storage is really in use there: tried as the daemon tries it at its start."""
-    number = int(config.gpu.device.removeprefix("cuda:"))
-    found = measure(folder, number, config.nvme.io_threads, config.nvme.probe_seconds_max)
+    found = measure(folder, config.gpu.device, config.nvme.io_threads, config.nvme.probe_seconds_max)
     if found.speeds is not None:
         return Finding("gds in use", OK, f"{config.gpu.device} and {folder}: {found}")
     level = ERROR if config.nvme.require_gds else WARNING

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tierd.clock import monotonic_seconds
-from tierd.cuda import Device, DeviceArray
+from tierd.cuda import Device, DeviceArray, device_number
 from tierd.layout import Layout, Namespace
 from tierd.tiers.io import IoEngine, cufile, make
 from tierd.tiers.io.probe import in_child
@@ -48,11 +48,11 @@ class Measured:
         return f"it works, and is faster in: {', '.join(better) or 'nothing'}"
 
 
-def measure(folder: Path, device: int, threads: int, timeout_seconds: float) -> Measured:
+def measure(folder: Path, device: str, threads: int, timeout_seconds: float) -> Measured:
     """Try it in `folder`. Blocks up to `timeout_seconds` and a little; whatever fails is a reason."""
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".gds-", ignore_cleanup_errors=True) as scratch:
-            arguments = scratch, str(device), str(threads)
+            arguments = scratch, device, str(threads)
             failure, output = in_child("tierd.tiers.gds", *arguments, timeout_seconds=timeout_seconds)
     except OSError as error:
         failure, output = str(error), ""
@@ -65,7 +65,7 @@ def measure(folder: Path, device: int, threads: int, timeout_seconds: float) -> 
     return Measured(Speeds({way: {int(size): (one, two) for size, (one, two) in rows[way].items()} for way in DIRECTIONS}))
 
 
-def _try(folder: Path, number: int, threads: int) -> dict[str, object]:
+def _try(folder: Path, name: str, threads: int) -> dict[str, object]:
     """In the child: what `measure` reads."""
     import kvikio.defaults
 
@@ -73,6 +73,8 @@ def _try(folder: Path, number: int, threads: int) -> dict[str, object]:
     if kvikio.defaults.is_compat_mode_preferred():
         udev = [] if os.path.isdir("/run/udev") else ["/run/udev is not there, which cuFile needs"]
         return {"reasons": ["kvikio is in its compatibility mode, which copies through host memory", *udev]}
+    number = device_number(name)
+    assert number is not None, f"{name} has no files to reach"
     counts, device = cufile.start(), Device(number)
     address = device.reserve(size := -(-ROUND_BYTES // device.granularity) * device.granularity)
     device.map(address, size, device.create(size))
@@ -136,5 +138,5 @@ class _Trial:
 
 
 if __name__ == "__main__":
-    _, folder_name, device_number, thread_count = sys.argv
-    print(json.dumps(_try(Path(folder_name), int(device_number), int(thread_count))))
+    _, folder_name, device_name, thread_count = sys.argv
+    print(json.dumps(_try(Path(folder_name), device_name, int(thread_count))))
