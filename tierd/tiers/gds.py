@@ -90,7 +90,9 @@ def _doubts(operations: Counter[tuple[str, str]] | None) -> list[str]:
         return ["cuFile has no statistics, so nobody knows which way its bytes take: use nvidia-cufile 1.14 or later"]
     copied = sum(operations["posix", way] for way in DIRECTIONS)
     total = sum(operations.values())
-    if copied or not total:
+    if not total:
+        return ["cuFile has seen no block: kvikio moved them through host memory"]
+    if copied:
         return [f"cuFile moved {copied} of {total} blocks through host memory, in its compatibility mode"]
     return []
 
