@@ -105,9 +105,10 @@ class Metrics(Collector):
         yield counter("tierd_transfer_bytes", text, ["reason", "source", "target", "path"], moved)
         text = "Payload bytes that were read from and written to NVMe, by the way that they took."
         yield counter("tierd_io_path_bytes", text, ["path", "direction"], taken)
-        if self._io.gpu == GDS and (counted := cufile.operations()) is not None:
-            text = "Reads and writes of GPU memory, by the way that cuFile says they took."
-            yield counter("tierd_cufile_operations", text, ["way", "direction"], list(counted.items()))
+        counted = (cufile.operations() if self._io.gpu == GDS else None) or Counter()
+        operations = [((way, direction), counted[way, direction]) for way in cufile.WAYS for direction in DIRECTIONS]
+        text = "Reads and writes of GPU memory, by the way that cuFile says they took."
+        yield counter("tierd_cufile_operations", text, ["way", "direction"], operations)
         yield counter("tierd_transfer_thread_seconds", "Time that io threads were busy.", ["reason"], seconds)
         yield gauge("tierd_transfers_in_flight", "Transfers under way.", ["reason"], flying)
         text = "Parts of transfers that wait for an io thread."
