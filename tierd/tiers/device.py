@@ -56,13 +56,13 @@ class DeviceSegment:
         Raises Invalid where not even the least number of such slots fits.
         """
         step = granularity // gcd(granularity, layout.slot_bytes)
-        slot_count = Geometry.fit(layout, segment_bytes).slot_count // step * step
-        if not slot_count:
-            needed = Geometry(step, layout.block_bytes).total_bytes
+        needed = Geometry(step, layout.block_bytes).total_bytes
+        if needed > segment_bytes:
             raise Invalid(
                 f"a segment of {segment_bytes} bytes cannot hold {step} blocks of {layout.block_bytes} bytes, the least that "
                 f"fill whole units of {granularity} bytes of GPU memory: raise gpu.segment_bytes to at least {needed}"
             )
+        slot_count = Geometry.fit(layout, segment_bytes).slot_count // step * step
         return Geometry(slot_count, layout.block_bytes)
 
     @classmethod
