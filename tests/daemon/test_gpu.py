@@ -5,6 +5,7 @@ On the emulated one the driver does by construction what is expected of it; what
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import warnings
@@ -77,6 +78,20 @@ def connect() -> Iterator[Callable[..., PageClient]]:
     yield build
     for client in made:
         client.close()
+
+
+@pytest.fixture
+def settle_environment() -> Iterator[Callable[[str, str], None]]:
+    """Sets variables that the emulated driver of this process reads, until the end of the test."""
+    c, names = ctypes.CDLL(None), []
+
+    def put(name: str, value: str) -> None:
+        names.append(name)
+        c.setenv(name.encode(), value.encode(), 1)
+
+    yield put
+    for name in names:
+        c.unsetenv(name.encode())
 
 
 def payload_of(block: bytes) -> np.ndarray:
@@ -226,6 +241,25 @@ def test_a_client_on_another_device_is_told_so(gpu: Gpu, launch: Callable[..., D
     client = connect(on_host)
     until(client, lambda: bool(client.trouble))
     assert "the daemon's gpu tier is in host memory" in client.trouble
+
+
+def test_a_client_whose_driver_refuses_goes_on_without_and_joins_when_it_can(
+    launch: Callable[..., Daemon], connect: Any, emulation: Path, tmp_path: Path, settle_environment: Callable[[str, str], None]
+) -> None:
+    """No call raises: it has no slots, says why, tries again with each connection, and has slots once it can map them."""
+    load(emulation)
+    broken = tmp_path / "broken"
+    settle_environment("STUB_CUDA_IMPORT_FAILS", str(broken))
+    client = connect(launch(Gpu(False, environ(emulation))))
+    until(client, lambda: client.alive)
+    broken.touch()
+    assert answer(client, client.reserve(1)).failed
+    until(client, lambda: "cannot be mapped: cuMemImportFromShareableHandle says" in client.trouble)
+    broken.unlink()
+    until(client, lambda: client.alive)
+    hashes = hashes_of(1, SLOTS)
+    client.release(store(client, hashes))
+    assert find(client, hashes).ready == SLOTS
 
 
 def test_without_a_tier_on_a_gpu_no_driver_is_loaded(start: Start, emulation: Path) -> None:

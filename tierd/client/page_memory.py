@@ -67,7 +67,10 @@ class PageMemory:
         self.pages: Any = self._range.rows(count, slot_bytes)
 
     def attach(self, attached: dict[str, Any], directory_fd: int, slots_fd: int) -> None:
-        """Take a segment that the daemon gives; the descriptors stay the caller's. Raises Invalid when it is not one."""
+        """Take a segment that the daemon gives; the descriptors stay the caller's.
+
+        Raises Invalid when it is not one, Busy when it cannot be mapped.
+        """
         check_descriptor("directory", directory_fd, attached["directory_bytes"])
         header = read_header(os.pread(directory_fd, PAGE_BYTES, 0), self._range.medium)
         check_header(header, attached, self.layout)
@@ -85,20 +88,29 @@ class PageMemory:
             self._waiting[ordinal] = new, os.dup(slots_fd)
             if place is not None:
                 place.current = False
-            self.settle()
+            if trouble := self.settle():
+                raise Busy(trouble)
 
-    def settle(self) -> None:
-        """Give up places that are neither current nor held, and map what waits for them."""
+    def settle(self) -> str:
+        """Give up places that are neither current nor held, and map what waits for them.
+
+        Returns what could not be mapped: its slots have no pages here, and go back when they are given.
+        """
+        trouble = ""
         for ordinal, place in list(self.places.items()):
             if not place.current and not self.held[place.slots].any():
                 self._range.clear(*self._where(place))
                 del self.places[ordinal]
         for ordinal, (place, descriptor) in list(self._waiting.items()):
             if ordinal not in self.places:
-                self._map(place, descriptor)
-                self.places[ordinal] = place
+                try:
+                    self._range.map(*self._where(place), descriptor)
+                    self.places[ordinal] = place
+                except OSError as error:
+                    trouble = f"segment {place.segment.hex()} cannot be mapped: {error.strerror}"
                 del self._waiting[ordinal]
                 os.close(descriptor)
+        return trouble
 
     def give_back(self, segments: set[bytes] | None = None) -> None:
         """These segments are the daemon's again, by default all; those with pages that are held stay mapped."""
@@ -155,9 +167,3 @@ class PageMemory:
     def _where(self, place: Place) -> tuple[int, int]:
         """Offset and length in the range."""
         return place.first * self.layout.slot_bytes, place.count * self.layout.slot_bytes
-
-    def _map(self, place: Place, descriptor: int) -> None:
-        try:
-            self._range.map(*self._where(place), descriptor)
-        except OSError as error:
-            raise Busy(f"segment {place.segment.hex()} cannot be mapped: {error}") from error
