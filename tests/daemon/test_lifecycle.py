@@ -205,7 +205,7 @@ def test_without_nvme_it_serves_from_memory_alone(start: Start) -> None:
     assert status["io"] == {"engine": "none", "path": "none", "gpu": "none"}
     assert "no nvme" in daemon.run("status").stdout
     assert not list(daemon.state.rglob("*.directory"))
-    assert daemon.get("/readyz") == (200, "ready\nio none none\n")
+    assert daemon.get("/readyz") == (200, "ready\nio none none\ngpu none\n")
 
 
 def test_a_second_daemon_on_the_same_state_is_refused(daemon: Daemon, make: Start) -> None:
