@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.cuda.build import build
+
 HAS_GPU = os.path.exists("/dev/nvidiactl")
 if not HAS_GPU:
     # Before anything imports triton: without a GPU, kernels are defined for Triton's interpreter.
@@ -28,6 +30,12 @@ def own_environment() -> None:
     """Tests, and the processes that they start, see no configuration of the user's."""
     for name in [name for name in os.environ if name.startswith(OTHERS)]:
         del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that emulates a GPU and its driver; see tests/cuda."""
+    return build(tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.fixture

@@ -70,6 +70,11 @@ class Gpu:
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     device: str = key("cpu", device)
 
+    @property
+    def host_bytes(self) -> int:
+        """How much of it is this machine's memory: nothing of a GPU's."""
+        return self.bytes if self.device == "cpu" else 0
+
 
 @dataclass(frozen=True)
 class Cpu:
@@ -89,6 +94,7 @@ class Nvme:
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     io_engine: str = key("auto", one_of("auto", "kvikio", "posix"))
     io_threads: int = key(8, count(1, 64))
+    require_gds: bool = key(False, boolean)
     write_back: bool = key(True, boolean)
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
 
@@ -196,9 +202,9 @@ class Config:
         cannot hold the memory tiers or give as many descriptors as may be needed.
         """
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.cpu.bytes + self.gpu.bytes > memory_bytes:
+        if self.cpu.bytes + self.gpu.host_bytes > memory_bytes:
             have, want = size_text(memory_bytes // MIB * MIB), size_text(self.cpu.bytes)
-            beside = f" and gpu.bytes = {size_text(self.gpu.bytes)}" if self.gpu.bytes else ""
+            beside = f" and gpu.bytes = {size_text(self.gpu.host_bytes)}" if self.gpu.host_bytes else ""
             raise Invalid(f"cpu.bytes = {want}{beside} is over this machine's memory of {have}: set it lower")
         self._check_descriptors()
         # Other users must be able to reach root's sockets, whose own mode says who may connect.
@@ -383,6 +389,9 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
         if values[small] * factor > values[large]:
             raise Invalid(f"{named(small)}{note} is over {named(large)}: lower the first or raise the second")
 
+    if values["nvme.require_gds"] and (values["gpu.device"] == "cpu" or not values["gpu.bytes"] or not values["nvme.bytes"]):
+        remedy = "set gpu.device = 'cuda:0', gpu.bytes and nvme.bytes, or require nothing"
+        raise Invalid(f"{named('nvme.require_gds')} needs a gpu tier on a GPU and an nvme tier: {remedy}")
     refuse_over("cpu.segment_bytes", "cpu.bytes")
     for tier in ("gpu", "nvme"):
         if values[f"{tier}.bytes"]:

@@ -20,6 +20,7 @@ from tierd import __version__, clock, history, log, systemd, watchdog
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
+from tierd.cuda import Device, device_number
 from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
 from tierd.keeper import Keeper
@@ -31,9 +32,13 @@ from tierd.server import Server
 from tierd.service import Service
 from tierd.space import Space
 from tierd.tiers import io
-from tierd.tiers.io.probe import probe
+from tierd.tiers.gds import Measured, measure
+from tierd.tiers.io import cufile
+from tierd.tiers.io.probe import Choice, probe
+from tierd.tiers.paths import Paths, Speeds
 from tierd.tiers.state import StateDirectory
-from tierd.tiers.tier import MemoryTier, NvmeTier, Tier
+from tierd.tiers.tier import DeviceTier, MemoryTier, NvmeTier, Tier
+from tierd.values import MIB, size_text
 
 logger = log.get_logger("daemon")
 CLOSE_SECONDS_MAX = 60.0
@@ -67,7 +72,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
         stack.callback(state.close)
         previous = await history.begin(config.server.state_dir, clock.unix_milliseconds())
-        tiers, path = open_tiers(config, state)
+        tiers, way = open_tiers(config, state)
         keeper = Keeper(tiers, config.nvme.io_threads)
         stack.push_async_callback(keeper.close)
 
@@ -81,7 +86,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         inherited = systemd.inherited()
         data_socket, metrics_socket = (listening(inherited, name) for name in (systemd.DATA_SOCKET, systemd.METRICS_SOCKET))
         adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
-        metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost})
+        metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost})
         kept = Kept()
         stack.callback(kept.close)
         service = Service(config, keeper, metrics, kept, space_of)
@@ -95,11 +100,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         def health() -> tuple[bool, str]:
             if stop.is_set() or not serving.is_set():
                 return False, "draining" if stop.is_set() else "starting"
-            return True, f"ready\nio {path[0]} {path[1]}"
+            return True, f"ready\nio {way.engine} {way.path}\ngpu {way.gpu}"
 
         exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen, metrics_socket))
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, path, exporter.address, stop.set, reloader.reload)
+        admin = Admin(config, keeper, metrics, way, exporter.address, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
@@ -122,7 +127,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         await asyncio.to_thread(systemd.ready)
         seconds = clock.monotonic_seconds() - started
         logger.info(
-            "ready", version=__version__, socket=server.socket, io=path[0], path=path[1], previous=previous, seconds=seconds
+            "ready", version=__version__, socket=server.socket, io=way.engine, path=way.path, previous=previous, seconds=seconds
         )
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, background}, return_when=asyncio.FIRST_COMPLETED)
@@ -177,16 +182,48 @@ def open_exporter(exporter: Exporter) -> Exporter:
     return exporter
 
 
-def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple[str, str]]:
-    """The configured tiers, and which io engine and path NVMe is reached by."""
+def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], io.Io]:
+    """The configured tiers, and how NVMe is reached."""
     gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
+    device = open_device(config)
     tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages)]
-    if gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
-        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes, "off"))
+    if device:
+        tiers.insert(0, DeviceTier("gpu", gpu.bytes, gpu.segment_bytes, device))
+    elif gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
+        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes))
     if not nvme.bytes:
-        return tiers, ("none", "none")
+        return tiers, io.Io("none", "none")
     choice = probe(state.nvme_path, nvme.io_engine, nvme.probe_seconds_max, nvme.io_threads)
     path = "direct" if choice.direct else "buffered"
     logger.info("io engine", engine=choice.engine, path=path, reason=choice.reason)
-    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, io.make(choice.engine, nvme.io_threads)))
-    return tiers, (choice.engine, path)
+    engine = io.make(choice.engine, nvme.io_threads)
+    paths = Paths(choice.engine, device, speeds_of_gds(config, state, choice) if device else None)
+    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, engine, paths))
+    return tiers, io.Io(choice.engine, path, paths.gpu)
+
+
+def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Speeds | None:
+    """How fast GPUDirect Storage is, and None where it does not work; raises Invalid if it is required then."""
+    nvme = config.nvme
+    found = Measured(None, (f"the io engine is {choice.engine} ({choice.reason}), it needs kvikio",))
+    if choice.engine == "kvikio":
+        found = measure(state.nvme_path, config.gpu.device, nvme.io_threads, nvme.probe_seconds_max)
+    if found.speeds is None and nvme.require_gds:
+        raise Invalid(f"nvme.require_gds = true, but GPUDirect Storage does not work at {state.nvme_path}: {found}")
+    if found.speeds:
+        cufile.start()
+    logger.info("gpudirect storage", works=found.speeds is not None, found=str(found))
+    return found.speeds
+
+
+def open_device(config: Config) -> Device | None:
+    """The GPU of the gpu tier, if it has one: only then a driver is loaded. Raises Invalid where it cannot serve."""
+    gpu, number = config.gpu, device_number(config.gpu.device)
+    if not gpu.bytes or number is None:
+        return None
+    device = Device(number)
+    if gpu.bytes > device.total_bytes:
+        have, want = size_text(device.total_bytes // MIB * MIB), size_text(gpu.bytes)
+        raise Invalid(f"gpu.bytes = {want} is over the memory of {gpu.device} ({device.name}), {have}: set it lower")
+    logger.info("gpu", device=gpu.device, name=device.name, granularity=device.granularity)
+    return device

@@ -21,7 +21,9 @@ from tierd.core.ladder import CLOSED, TIERS
 from tierd.core.plan import REASONS, WRITE_BACK
 from tierd.keeper import Keeper
 from tierd.space import Space
-from tierd.tiers.tier import MemoryTier
+from tierd.tiers.io import Io, cufile
+from tierd.tiers.paths import DIRECTIONS, GDS
+from tierd.tiers.tier import MemoryTier, NvmeTier
 from tierd.wire.messages import TURN_ENDS
 
 REQUEST_BUCKETS = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0, 10.0)
@@ -36,7 +38,7 @@ disable_created_metrics()  # when a counter was made says nothing: all of them b
 class Metrics(Collector):
     """The daemon's registry. `io` names the engine and path to NVMe, `adopted` counts what became of an earlier life's rows."""
 
-    def __init__(self, keeper: Keeper, io: tuple[str, str], adopted: Mapping[str, int]) -> None:
+    def __init__(self, keeper: Keeper, io: Io, adopted: Mapping[str, int]) -> None:
         self._keeper, self._io, self._adopted = keeper, io, adopted
         self.errors: Counter[tuple[str, str]] = Counter()
         """Refused requests by verb and error."""
@@ -63,9 +65,8 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """Called by a scrape, in the exporter's thread."""
         spaces = list(self._keeper.spaces.values())
-        engine, path = self._io
         yield InfoMetricFamily("tierd_build", "Version of the daemon.", value={"version": __version__})
-        yield InfoMetricFamily("tierd_io", "How NVMe is reached.", value={"engine": engine, "path": path})
+        yield InfoMetricFamily("tierd_io", "How NVMe is reached.", value=self._io._asdict())
         yield from self._blocks(self.counters())
         yield from self._moved()
         yield from self._tiers(spaces)
@@ -91,16 +92,24 @@ class Metrics(Collector):
 
     def _moved(self) -> Iterable[Metric]:
         """What the io threads did and do."""
-        mover, path = self._keeper.mover, self._io[1]
+        mover, path = self._keeper.mover, self._io.path
         names = [tier.name for tier in self._keeper.tiers]
         down = [(WRITE_BACK, *way) for way in combinations(names, 2)]
         ways = [(reason, *way) for reason in REASONS if reason != WRITE_BACK for way in permutations(names, 2)]
         ways = down + [way for way in ways if way[2] != CLOSED]
         moved = [((*way, path if CLOSED in way else "memory"), mover.moved[way]) for way in ways]
+        paths = [tier.paths for tier in self._keeper.tiers if isinstance(tier, NvmeTier)]
+        taken = [((path, way), one.bytes[path, way]) for one in paths for path in one.names for way in DIRECTIONS]
         seconds = [((reason,), mover.seconds.get(reason, 0.0)) for reason in REASONS]
         flying = [((reason,), mover.in_flight[reason]) for reason in REASONS]
         text = "Payload bytes that have arrived in another tier."
         yield counter("tierd_transfer_bytes", text, ["reason", "source", "target", "path"], moved)
+        text = "Payload bytes that were read from and written to NVMe, by the way that they took."
+        yield counter("tierd_io_path_bytes", text, ["path", "direction"], taken)
+        counted = (cufile.operations() if self._io.gpu == GDS else None) or Counter()
+        operations = [((way, direction), counted[way, direction]) for way in cufile.WAYS for direction in DIRECTIONS]
+        text = "Reads and writes of GPU memory, by the way that cuFile says they took."
+        yield counter("tierd_cufile_operations", text, ["way", "direction"], operations)
         yield counter("tierd_transfer_thread_seconds", "Time that io threads were busy.", ["reason"], seconds)
         yield gauge("tierd_transfers_in_flight", "Transfers under way.", ["reason"], flying)
         text = "Parts of transfers that wait for an io thread."

@@ -243,6 +243,7 @@ class Service:
             "block_bytes": geometry.payload_bytes,
             "slot_bytes": geometry.slot_bytes,
             "slots_per_segment": geometry.slot_count,
+            "device": session.arena.device,
             "limits": {
                 "frame_bytes_max": limits.frame_bytes_max,
                 "blocks_per_request_max": limits.blocks_per_request_max,

@@ -21,9 +21,8 @@ from tierd.core.pool import Pool
 from tierd.errors import Busy
 from tierd.layout import Namespace
 from tierd.log import get_logger
-from tierd.tiers.host import HostSegment
 from tierd.tiers.nvme import FileSegment
-from tierd.tiers.tier import Tier
+from tierd.tiers.tier import MemorySegment, MemoryTier, Tier
 from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
 
 log = get_logger("space")
@@ -43,12 +42,17 @@ class Arena:
         self.segments: dict[int, Any] = {}
         self.growing: asyncio.Task[bool] | None = None
 
-    def add(self, segment: HostSegment | FileSegment, now: int, ordinal: int | None = None) -> int:
+    def add(self, segment: MemorySegment | FileSegment, now: int, ordinal: int | None = None) -> int:
         """Enter a segment, under a certain ordinal if that is free; returns its ordinal."""
-        directory: Any = segment.directory if isinstance(segment, HostSegment) else segment
+        directory: Any = segment if isinstance(segment, FileSegment) else segment.directory
         ordinal = self.pool.add_segment(directory, now, ordinal)
         self.segments[ordinal] = segment
         return ordinal
+
+    @property
+    def device(self) -> bytes:
+        """The GPU that its segments are on, by its 16 bytes; empty where they are in host memory."""
+        return self.tier.device if isinstance(self.tier, MemoryTier) else b""
 
     def remove(self, ordinal: int) -> Any:
         """Take out a segment that was vacated and is idle."""
@@ -56,7 +60,7 @@ class Arena:
         return self.segments.pop(ordinal)
 
     def payloads(self, slots: Slots) -> list[Any]:
-        """The memory of these slots: one uint8[slot_bytes] view each (memory segments only)."""
+        """The memory of these slots: one uint8[slot_bytes] view each, a DeviceArray on a GPU (memory segments only)."""
         per_segment = self.pool.slots_per_segment
         return [self.segments[slot // per_segment].slots[slot % per_segment] for slot in slots.tolist()]
 

@@ -30,10 +30,10 @@ class Connect(Protocol):
     """Makes the client for a model, once the engine knows its name and layout.
 
     `functools.partial(Client, socket)`; for memory="tier" `functools.partial(PageClient, socket)`, which is also told
-    `pages_max` and `private_pages`.
+    `pages_max`, `private_pages` and `device`.
     """
 
-    def __call__(self, *, model: str, layout: Layout, **pages: int) -> Any: ...
+    def __call__(self, *, model: str, layout: Layout, **pages: Any) -> Any: ...
 
 
 class LLM:
@@ -58,8 +58,10 @@ class LLM:
         chunk_tokens: int = 512,
         running_max: int = 64,
     ) -> None:
-        if connect and device != "cpu":
-            raise Invalid(f"engine: KV pages on {device!r} cannot be shared with tierd; use device='cpu' or no client")
+        if connect and device != "cpu" and memory != "tier":
+            raise Invalid(
+                f"engine: KV pages on {device!r} cannot be copied by tierd; use memory='tier', device='cpu' or no client"
+            )
         if memory not in MEMORIES:
             raise Invalid(f"engine: memory {memory!r} is not one of {', '.join(MEMORIES)}")
         self.model_path = Path(model_path)
@@ -68,7 +70,8 @@ class LLM:
         self.client: Client | None = None
         self.memory: Memory
         if connect and memory == "tier":
-            slots = connect(model=fingerprint(model), layout=self.layout, pages_max=SLOTS_MAX, private_pages=pages)
+            sizes = {"pages_max": SLOTS_MAX, "private_pages": pages}
+            slots = connect(model=fingerprint(model), layout=self.layout, device=device, **sizes)
             self.memory = TierMemory(self.layout, slots)
         elif connect:
             self.client = connect(model=fingerprint(model), layout=self.layout)

@@ -109,7 +109,7 @@ STATUS = {
     "uptime_seconds": 93_784.5,
     "socket": "/run/tierd/tierd.sock",
     "metrics": "",
-    "io": {"engine": "posix", "path": "direct"},
+    "io": {"engine": "posix", "path": "direct", "gpu": "none"},
     "tiers": {"cpu": {"used_bytes": 3 << 29, "limit_bytes": 3 << 30, "slots": {"free": 7, "ready": 1234}}},
     "lookup_blocks": {"cpu": 750, "nvme": 0, "miss": 250},
     "evicted_blocks": {"cpu.clean": 1000, "cpu.drop": 0},

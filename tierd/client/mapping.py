@@ -24,7 +24,8 @@ from tierd.memory import advise, map_shared, unmap, view
 HEADER = Struct("<8s2I16s32s16s4Q2I6Q")
 CRC = Struct("<I")
 CRC_OFFSET = PAGE_BYTES - CRC.size
-MAGIC, VERSION, MEDIUM_MEMORY = b"TIERDSEG", 1, 1
+MAGIC, VERSION = b"TIERDSEG", 1
+MEDIUM_MEMORY, MEDIUM_DEVICE = 1, 3
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 STATE_BYTES = 8
 
@@ -90,13 +91,12 @@ class Header:
     state_offset: int
 
 
-def read_header(page: bytes) -> Header:
-    """Read a memory segment's header; raises Invalid when it is damaged or something else."""
+def read_header(page: bytes, wanted: int = MEDIUM_MEMORY) -> Header:
+    """Read the header of a segment of a medium; raises Invalid when it is damaged or something else."""
     if len(page) != PAGE_BYTES:
         raise Invalid(f"segment header has {len(page)} bytes, not {PAGE_BYTES}")
     magic, version, medium, segment, namespace, fingerprint, _, _, payload, slot, count, _, state, *_ = HEADER.unpack_from(page)
-    if (magic, version, medium) != (MAGIC, VERSION, MEDIUM_MEMORY):
-        expected = (MAGIC, VERSION, MEDIUM_MEMORY)
+    if (magic, version, medium) != (expected := (MAGIC, VERSION, wanted)):
         raise Invalid(f"segment has magic, version and medium {(magic, version, medium)}, this client maps {expected}")
     if (crc := CRC.unpack_from(page, CRC_OFFSET)[0]) != (found := zlib.crc32(memoryview(page)[:CRC_OFFSET])):
         raise Invalid(f"segment header crc is {crc:#010x}, its bytes give {found:#010x}: damaged")

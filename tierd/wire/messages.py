@@ -101,6 +101,7 @@ WELCOME = {
     "block_bytes": U64,
     "slot_bytes": U64,
     "slots_per_segment": COUNT,
+    "device": optional(Argument(bytes, 0, 16, 16), b""),
     "limits": MAP,
 }
 REPLIES = {
