@@ -14,7 +14,7 @@ from tierd.client.context import Context
 from tierd.client.lookup import Lookup
 from tierd.client.session import Session
 from tierd.client.store import Stored, Storing
-from tierd.client.transfer import Copier, as_pages, as_rows
+from tierd.client.transfer import Copier, Pool, as_pages, as_pool
 from tierd.errors import Invalid
 from tierd.layout import Layout
 from tierd.wire.messages import PROTOCOL_VERSION
@@ -68,15 +68,16 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, hashes: bytes, pool: NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> int:
-        """Copy the longest prefix that tierd has into `pool[pages[i]]`; returns its length in blocks, 0 for a miss.
+    def load(self, hashes: bytes, pool: Pool | NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> int:
+        """Copy the longest prefix that tierd has into `pages` of `pool`; returns its length in blocks, 0 for a miss.
 
-        hashes: 32 bytes a block, head first, behind `parent`. pool: C-contiguous `[pages, ...]` with one block a page.
-        pages: one page number a block. Pages behind the prefix may have been written to.
+        hashes: 32 bytes a block, head first, behind `parent`. pool: C-contiguous `[pages, ...]` with one block a page, or
+        a Pool that knows where its pages are. pages: one page number a block. Pages behind the prefix may have been
+        written to.
         """
         self._context.check_process()
         blocks = check_hashes(hashes, parent)
-        rows = as_rows(pool, self.layout.block_bytes, writable=True)
+        rows = as_pool(pool, self.layout.block_bytes, writable=True)
         targets = as_pages(pages, rows)
         check_length(blocks, len(targets))
         done = 0
@@ -90,14 +91,14 @@ class Client:
             parent = hashes[(done - 1) * HASH_BYTES : done * HASH_BYTES]
         return done
 
-    def store(self, hashes: bytes, pool: NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> Stored:
-        """Copy `pool[pages[i]]` into tierd where it does not have the block already; arguments as for `load`.
+    def store(self, hashes: bytes, pool: Pool | NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> Stored:
+        """Copy `pages` of `pool` into tierd where it does not have the block already; arguments as for `load`.
 
         Returns counts that sum to the blocks asked. Returns once what was written can be found by others.
         """
         self._context.check_process()
         blocks = check_hashes(hashes, parent)
-        rows = as_rows(pool, self.layout.block_bytes, writable=False)
+        rows = as_pool(pool, self.layout.block_bytes, writable=False)
         sources = as_pages(pages, rows)
         check_length(blocks, len(sources))
         if not blocks:

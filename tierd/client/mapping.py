@@ -57,15 +57,9 @@ class Mapping:
         self.state: NDArray[np.uint64] = np.ndarray(header.slot_count, "<u8", directory, header.state_offset)
         self.state.flags.writeable = False
         self.slots: NDArray[np.uint8] = np.ndarray((header.slot_count, header.slot_bytes), np.uint8, slots)
-        self._first_slot, self._slot_bytes = self.slots.ctypes.data, header.slot_bytes
 
     def __repr__(self) -> str:
         return f"<Mapping {self.segment.hex()[:8]}: {self.users} users, {'wanted' if self.wanted else 'given up'}>"
-
-    def addresses(self, indexes: NDArray[np.int64]) -> list[int]:
-        """Where slots begin that are known to be in the segment."""
-        addresses: list[int] = (self._first_slot + indexes * self._slot_bytes).tolist()
-        return addresses
 
     def close(self) -> None:
         """Unmap; nothing may use the views any more. In a forked child there is nothing to unmap."""
