@@ -42,7 +42,8 @@ class LLM:
     `connect` gives it a tierd client, which it then owns; without one everything is computed, and the tokens are the
     same. With `memory` "copy" blocks are copied to and from tierd's cpu tier, with "tier" the slots of its gpu tier are
     the pages. `pages` KV pages of `block_tokens` tokens are the engine's own: they bound what is in work ("tier": the
-    longest request, and what is in work while tierd is away). Raises Invalid for what the engine cannot run.
+    longest request, and what is in work while tierd is away). On a `device` "cuda" tierd's kernels attend, and copy engines move
+    blocks between its pages and tierd's memory; with triton installed. Raises Invalid for what the engine cannot run.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class LLM:
         chunk_tokens: int = 512,
         running_max: int = 64,
     ) -> None:
-        if connect and device != "cpu":
-            raise Invalid(f"engine: KV pages on {device!r} cannot be shared with tierd; use device='cpu' or no client")
+        if connect and device != "cpu" and memory != "copy":
+            raise Invalid(f"engine: the slots of tierd's gpu tier are not on {device!r}; use memory='copy' or device='cpu'")
         if memory not in MEMORIES:
             raise Invalid(f"engine: memory {memory!r} is not one of {', '.join(MEMORIES)}")
         self.model_path = Path(model_path)
@@ -72,7 +73,7 @@ class LLM:
             self.memory = TierMemory(self.layout, slots)
         elif connect:
             self.client = connect(model=fingerprint(model), layout=self.layout)
-            self.memory = CopyingMemory(self.layout, pages, self.client)
+            self.memory = CopyingMemory(self.layout, pages, self.client, device)
         else:
             self.memory = PrivateMemory(self.layout, pages, device)
         limits = Limits(chunk_tokens=chunk_tokens, running_max=running_max)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -27,7 +28,9 @@ from tierd.client import Client
 from tierd.client.pinned import Driver
 from tierd.client.transfer import Copier, locate
 from tierd.clock import monotonic_seconds
+from tierd_engine.copying import CopyingMemory
 from tierd_engine.device import DevicePages, views_of
+from tierd_engine.llm import LLM
 from tierd_kernels.pages import Pages, scatter_twin
 
 BLOCKS, PAGES = 20, 48
@@ -228,6 +231,27 @@ def rewritten(socket: str, kind: str) -> Any:
     mapping.close()
     segment.close()
     return {"counted": counted, "left": pool.pins.statistics()["segments_pinned"]}
+
+
+def engine(socket: str, path: str) -> Any:
+    """A cold and a warm answer of engines whose pages are said to be on a GPU, in either dtype; the model is random."""
+    found: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        answers, hits = [], []
+        for _ in range(2):
+            with LLM(path, pages=32, dtype=dtype, chunk_tokens=96, connect=partial(Client, socket)) as llm:
+                assert isinstance(llm.memory, CopyingMemory)
+                pages = Pages(views_of(llm.memory.tensor))
+                llm.memory.use(DevicePages(pages, Driver(0), STREAMS, lambda: 0))
+                for _ in range(2):
+                    llm.engine.scheduler.prefill_tokens_per_second = 0.0  # not measured yet: every load is worth its time
+                    answer = llm.generate(list(range(100)), 10)
+                    answers.append(answer.tokens)
+                    hits.append(answer.hit_tokens)
+                    llm.check()
+                pinned = llm.client.statistics["segments_pinned"] if llm.client else 0
+        found[dtype] = {"hits": hits, "different": len({tuple(tokens) for tokens in answers}), "pinned": pinned}
+    return found | {"calls": calls()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
  *   STUB_COPIES_FAIL     copies that are made fail: the event says so, and bytes are wrong
  *   STUB_COPIES_REFUSE   the last copy of a batch, and every single one, is refused
  *   STUB_PINS_REFUSED    no memory can be registered
+ * STUB_COPIES_EAGER: all copies are made at once, for pages whose kernels are twins, which are on no stream.
  * STUB_COPIES_BATCH=0: the driver knows no batches. stub_batches and stub_singles count the calls that were taken.
  */
 
@@ -54,7 +55,7 @@ static void pump(void) {
 static CUresult give(void *target, const void *source, size_t size, const void *host) {
     struct copy copy = {target, source, size};
     if (given - made == COPIES_MAX) return CUDA_ERROR_OUT_OF_MEMORY;
-    if (!is_registered(host, size)) make(&copy);
+    if (!is_registered(host, size) || getenv("STUB_COPIES_EAGER")) make(&copy);
     else queue[given++ % COPIES_MAX] = copy;
     return CUDA_SUCCESS;
 }

@@ -22,6 +22,7 @@ import pytest
 from tests.contract.copies import BLOCKS
 from tests.daemon.conftest import daemon, make, start  # noqa: F401
 from tests.daemon.harness import LAYOUT, Daemon, hashes_of, payload_of
+from tests.engine.conftest import llama, write_model  # noqa: F401
 from tierd.block import split
 from tierd.client import Client
 
@@ -54,6 +55,8 @@ def spawn(copies_stub: Path, short_path: Path, daemon: Daemon) -> Spawn:  # noqa
 
     def begin(scenario: str, kind: str, **settings: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tests.contract.copies", scenario, str(daemon.socket), kind]
+        if kind == "staged":
+            settings["STUB_COPIES_EAGER"] = "1"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment | settings, text=True, **pipes)  # type: ignore[call-overload]
 
@@ -126,6 +129,15 @@ def test_a_block_that_is_rewritten_under_a_late_copy_is_not_counted(spawn: Spawn
     """The state words are compared after the copy has ended, not after it was given to the driver."""
     found = play(spawn("rewritten", "one run"))
     assert (found["counted"], found["left"]) == (7, 0)
+
+
+def test_an_engine_says_the_same_tokens_through_copy_engines(spawn: Spawn, llama: Path) -> None:  # noqa: F811
+    """In float32 and bfloat16, cold and warm, in the same engine and the next: six blocks are hits."""
+    found = play(spawn("engine", str(llama)))
+    for dtype in ("float32", "bfloat16"):
+        assert found[dtype]["hits"] == [0, 96, 96, 96], dtype
+        assert found[dtype]["different"] == 1, dtype
+    assert found["calls"]["batches"] + found["calls"]["singles"] > 0
 
 
 def test_who_dies_with_copies_under_way_leaves_nothing_behind(spawn: Spawn, daemon: Daemon) -> None:  # noqa: F811
