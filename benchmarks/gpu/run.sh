@@ -31,4 +31,4 @@ else
     make venv
     python=.venv/bin/python
 fi
-exec env PYTHONPATH=.:kernels timeout 480 "$python" -m benchmarks.gpu
+exec env PYTHONPATH=.:kernels:engine timeout 480 "$python" -m benchmarks.gpu

@@ -97,7 +97,7 @@ class Step:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
     ) -> torch.Tensor:
-        """Write the new tokens' keys and values, and attend; returns `[new, heads, dim]`. Arguments as transformers gives them."""
+        """Write the new tokens' keys and values, and attend; returns `[new, heads, dim]`. Arguments as `paged_attention`'s."""
         self.write(layer, key, value)
         rows = query[0].transpose(0, 1)
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)

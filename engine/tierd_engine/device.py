@@ -29,11 +29,11 @@ Numbers = NDArray[np.int64]
 
 
 class DevicePages:
-    """A `tierd.client.transfer.Pool` of pages on a GPU, given as `tierd_kernels` takes them: strided views, one per layer and part.
+    """A `tierd.client.transfer.Pool` of pages on a GPU, given as strided views, one per layer and part.
 
     streams: of loads and of stores, as the driver knows them (`torch.cuda.Stream.cuda_stream`). computing: the stream on which
-    the engine computes just now. keeping: what must live as long as this. Copies are begun, and waited for, by the thread that calls; many may. Raises Invalid where the
-    pages are on a GPU that the driver cannot use.
+    the engine computes just now. keeping: what must live as long as this. Copies are begun, and waited for, by the thread
+    that calls; many may. Raises Invalid where the driver cannot use the GPU.
     """
 
     def __init__(
@@ -87,7 +87,8 @@ class DevicePages:
             self._after.wait()
         host = slots.ctypes.data + indexes.astype(np.uint64) * np.uint64(slots.strides[0])
         registered = self.pins.covers(slots.ctypes.data)
-        lane, problem = self._loads if loading else self._stores, None
+        lane = self._loads if loading else self._stores
+        problem: NoCopy | RuntimeError | None = None
         with lane.lock:
             try:
                 with self._driver:

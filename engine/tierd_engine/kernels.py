@@ -46,7 +46,7 @@ class KernelStep:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
     ) -> torch.Tensor:
-        """Store the new tokens' keys and values, and attend; returns `[new, heads, dim]`. Arguments as transformers gives them."""
+        """Store the new tokens' keys and values, and attend; returns `[new, heads, dim]`. Arguments as `paged_attention`'s."""
         new = torch.cat((key, value)).transpose(1, 2)  # one layout for both, whatever the model made of them
         store_kernel(self._pages, layer, (new[0], new[1]), self._places)
         rows = query[0].transpose(0, 1)

@@ -42,8 +42,8 @@ class LLM:
     `connect` gives it a tierd client, which it then owns; without one everything is computed, and the tokens are the
     same. With `memory` "copy" blocks are copied to and from tierd's cpu tier, with "tier" the slots of its gpu tier are
     the pages. `pages` KV pages of `block_tokens` tokens are the engine's own: they bound what is in work ("tier": the
-    longest request, and what is in work while tierd is away). On a `device` "cuda" tierd's kernels attend, and copy engines move
-    blocks between its pages and tierd's memory; with triton installed. Raises Invalid for what the engine cannot run.
+    longest request, and what is in work while tierd is away). On a `device` "cuda" tierd's kernels attend, and copy engines
+    move blocks between its pages and tierd's memory; with triton installed. Raises Invalid for what the engine cannot run.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""What a process does whose pages are on a GPU; the driver is the stub. `python -m tests.contract.copies SCENARIO SOCKET` prints JSON.
+"""What a process does whose pages are on a GPU; the driver is the stub.
+
+`python -m tests.contract.copies SCENARIO SOCKET KIND` prints JSON.
 
 A scenario returns what its test wants to know. Files in the folder `$STUB` make copies late, fail or be refused.
 """

@@ -1,8 +1,8 @@
 """Copies between host memory and a GPU by its copy engines: the few calls of the CUDA driver that they take.
 
-Nothing is loaded before the first `Driver`. Work is given to a stream of the caller's and goes on by itself; a `Ticket` is asked
-whether it has ended. No call here waits for the GPU but `Ticket.wait`, which a worker calls, and a copy from or to memory that is
-not registered, for which the driver may take its time in the calling thread. The GIL is released in every call.
+Nothing is loaded before the first `Driver`. Work is given to a stream of the caller's and goes on by itself; a `Ticket` is
+asked whether it has ended. No call here waits for the GPU but `Ticket.wait`, which a worker calls, and a copy from or to memory
+that is not registered, for which the driver may take its time in the calling thread. The GIL is released in every call.
 
 Source: CUDA driver API, "Memory Management" (cuMemcpyBatchAsync: CUDA 12.8 on), "Event Management", as in cuda.h of CUDA 12.8.
 """

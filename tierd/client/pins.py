@@ -37,6 +37,11 @@ class Pins:
         """Have a segment registered; `ended` is called in any case, and nobody may unmap the segment before."""
         self._wanted.put((mapping, ended))
 
+    def cover(self, address: int) -> None:
+        """What begins at this address is registered already, by somebody else who keeps it so."""
+        with self._lock:
+            self._registered.add(address)
+
     def covers(self, address: int) -> bool:
         """Whether the slots that begin at this address are registered."""
         return address in self._registered

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.kernels.conftest import device  # noqa: F401
 from tierd.layout import Layout
 from tierd_engine.attention import Span, Step, paged_attention
 from tierd_engine.kernels import KernelSteps
@@ -25,7 +26,7 @@ SPANS = {
 
 
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-def test_a_pass_with_kernels_is_the_pass_in_plain_torch(device: str, spans: list[Span]) -> None:
+def test_a_pass_with_kernels_is_the_pass_in_plain_torch(device: str, spans: list[Span]) -> None:  # noqa: F811
     """Through the function that transformers calls: what is attended to, and what is in the pages afterwards."""
     generator = torch.Generator().manual_seed(4)
     shape = PAGES, LAYOUT.layers, 2, LAYOUT.kv_heads, LAYOUT.block_tokens, LAYOUT.head_dim
@@ -48,7 +49,7 @@ def test_a_pass_with_kernels_is_the_pass_in_plain_torch(device: str, spans: list
     assert torch.equal(there.cpu(), pages)
 
 
-def test_an_engine_with_kernels_says_the_same_tokens(device: str, tmp_path: Path) -> None:
+def test_an_engine_with_kernels_says_the_same_tokens(device: str, tmp_path: Path) -> None:  # noqa: F811
     """Two prompts, one longer than a chunk, and decodes beside it: prefill, prefill behind a prefix, and decode."""
     torch.manual_seed(1)
     config = LlamaConfig(
