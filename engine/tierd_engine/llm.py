@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, overload
+
+import torch
 
 from tierd.clock import monotonic_seconds
 from tierd.errors import Invalid
@@ -59,6 +63,7 @@ class LLM:
         chunk_tokens: int = 512,
         running_max: int = 64,
     ) -> None:
+        check_device(device)
         if connect and device != "cpu" and memory != "copy":
             raise Invalid(f"engine: the slots of tierd's gpu tier are not on {device!r}; use memory='copy' or device='cpu'")
         if memory not in MEMORIES:
@@ -165,6 +170,18 @@ class Generation:
                 "decode": at["ended"] - at["first"],
             },
         )
+
+
+def check_device(device: str) -> None:
+    """Raise Invalid unless the engine can compute there: on the CPU, or on a GPU that torch finds, with triton installed."""
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise Invalid(f"engine: device {device!r} is not one of 'cpu', 'cuda' and 'cuda:N'")
+    if not torch.cuda.is_available() or (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise Invalid(f"engine: torch {torch.__version__} finds no GPU that is {device!r}; use device='cpu'")
+    if importlib.util.find_spec("triton") is None:
+        raise Invalid(f"engine: attention on {device!r} needs triton: pip install triton")
 
 
 def _stop_tokens(eos: int | list[int] | None) -> frozenset[int]:
