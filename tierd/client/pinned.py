@@ -10,6 +10,7 @@ Source: CUDA driver API, "Memory Management" (cuMemcpyBatchAsync: CUDA 12.8 on),
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from functools import cache
 from threading import Event, Lock
@@ -142,6 +143,12 @@ class Ticket:
             except NoCopy:
                 driver.call("cuStreamSynchronize", stream)
                 raise
+
+    def __del__(self) -> None:
+        """Nobody asks any more: the driver keeps the event for as long as it needs it."""
+        if self._event is not None:
+            with suppress(TierdError), self._driver:
+                _library().cuEventDestroy_v2(self._event)
 
     @property
     def done(self) -> bool:
