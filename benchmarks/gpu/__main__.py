@@ -24,7 +24,8 @@ from benchmarks.gpu.measure import Machine, Result, all_measurements
 
 OK, FAILED, NO_GPU = 0, 1, 3
 TESTS_SECONDS_MAX, SECONDS_MAX = 240, 450
-DAEMON_NEEDS = ("aiofiles", "msgpack", "prometheus_client", "uvloop")
+ENGINE_NEEDS = ("accelerate", "aiofiles", "msgpack", "prometheus_client", "safetensors", "tokenizers", "transformers", "uvloop")
+ENGINE_TESTS = ("tests/engine/test_engine_kernels.py", "tests/daemon/test_pinned_gpu.py", "tests/daemon/test_gpu.py")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -69,9 +70,9 @@ def main() -> int:
 
 def run_tests() -> tuple[str, bool, list[str]]:
     """The tests that need a GPU; returns pytest's last line, whether all passed, and what was found out on the way."""
-    lacking = [package for package in DAEMON_NEEDS if importlib.util.find_spec(package) is None]
-    learned = [f"tests of the gpu tier were left out: {', '.join(lacking)} cannot be imported"] if lacking else []
-    files = ["tests/kernels", *([] if lacking else ["tests/daemon/test_gpu.py"])]
+    lacking = [package for package in ENGINE_NEEDS if importlib.util.find_spec(package) is None]
+    learned = [f"tests of the engine and its daemon were left out: {', '.join(lacking)} cannot be imported"] if lacking else []
+    files = ["tests/kernels", *([] if lacking else ENGINE_TESTS)]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     try:
         child = subprocess.run(command, text=True, stdout=subprocess.PIPE, timeout=TESTS_SECONDS_MAX)

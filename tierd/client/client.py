@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from tierd.block import HASH_BYTES, ROOT
 from tierd.client.context import Context
 from tierd.client.lookup import Lookup
+from tierd.client.pins import Pins
 from tierd.client.session import Session
 from tierd.client.store import Stored, Storing
 from tierd.client.transfer import Copier, Pool, as_pages, as_pool
@@ -57,6 +58,7 @@ class Client:
         }
         self.session = Session(Path(socket) if socket else default_socket(), hello, layout, deadline_seconds)
         self.copier = Copier(layout.block_bytes, copy_threads)
+        self._pins: Pins | None = None
         self._context = Context(self.session, self.copier, layout, deadline_seconds)
 
     def __repr__(self) -> str:
@@ -131,6 +133,11 @@ class Client:
             blocks = int(reply["blocks"])
         return blocks
 
+    def pin(self, pins: Pins) -> None:
+        """Have segments registered with a GPU's driver in the background, now and when they come; closed with the client."""
+        self._pins = pins
+        self.session.segments.pin(pins)
+
     def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
         """Say why a turn ended, for policies: a result of a tool call is awaited sooner than a next question.
 
@@ -145,7 +152,7 @@ class Client:
     @property
     def statistics(self) -> dict[str, Any]:
         """Counts since the start, among them `failures` by kind and `tiers`: blocks looked up by where they were."""
-        return self._context.statistics()
+        return self._context.statistics() | (self._pins.statistics() if self._pins else {})
 
     def close(self) -> None:
         """Give everything back and disconnect; copies of other threads are waited for, at most the deadline."""
@@ -153,6 +160,8 @@ class Client:
             return  # the parent's connection, mappings and threads are none of this child's business
         self.session.close()
         self.copier.close()
+        if self._pins:
+            self._pins.close(self.deadline_seconds)
 
     def _lookup(self, hashes: bytes, parent: bytes) -> Lookup:
         asked = min(len(hashes) // HASH_BYTES, self.session.blocks_max)

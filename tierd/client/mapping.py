@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any
@@ -47,6 +48,8 @@ class Mapping:
         self.namespace: bytes = header.namespace
         self.users = 0
         self.wanted = True
+        self.unpin: Callable[[], None] | None = None
+        """What has to be called before the slots are unmapped, because a driver knows them."""
         self._pid = os.getpid()
         self._areas: list[tuple[int, int]] = []
         try:
@@ -65,6 +68,8 @@ class Mapping:
     def close(self) -> None:
         """Unmap; nothing may use the views any more. In a forked child there is nothing to unmap."""
         assert self.users == 0, f"{self} is in use"
+        if self.unpin and os.getpid() == self._pid:
+            self.unpin()
         self.state, self.slots = np.empty(0, np.uint64), np.empty((0, 0), np.uint8)
         areas, self._areas = self._areas, []
         for address, length in areas if os.getpid() == self._pid else ():
