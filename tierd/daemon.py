@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, suppress
 
 import uvloop
 
-from tierd import __version__, clock, history, log, systemd
+from tierd import __version__, clock, history, lag, log, systemd
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
@@ -69,7 +69,8 @@ async def serve(config: Config) -> int:
             return keeper.spaces[namespace.id]
 
         adopted = adopt(tiers, systemd.inherited(), space_of, clock.unix_milliseconds())
-        metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost})
+        began = clock.unix_milliseconds() / 1000
+        metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
         service = Service(config, keeper, metrics, space_of)
 
         def health() -> tuple[bool, str]:
@@ -77,20 +78,24 @@ async def serve(config: Config) -> int:
                 return False, "draining" if stop.is_set() else "starting"
             return True, f"ready\nio {path[0]} {path[1]}"
 
-        exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen))
+        server = config.server
+        local = Exporter(metrics.registry, health, config.metrics.socket, server.socket_mode, metrics.scraped)
+        stack.callback(local.close)
+        local.start()
+        exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen, scraped=metrics.scraped))
         stack.callback(exporter.close)
         admin = Admin(config, keeper, metrics, path, exporter.address, stop.set)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
-        server = config.server
         data = Server(server.socket, server.socket_mode, service, config.limits, admin=False)
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
         for listener in (control, data):
             await listener.start()
             stack.push_async_callback(listener.close)
-        background = asyncio.create_task(keeper.run())
-        stack.callback(background.cancel)
+        background, watching = asyncio.create_task(keeper.run()), asyncio.create_task(lag.watch(metrics.lag))
+        for task in (background, watching):
+            stack.callback(task.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, stop)

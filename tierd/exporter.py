@@ -1,4 +1,5 @@
-"""Metrics and health over HTTP on loopback: `/metrics` for Prometheus, `/livez` and `/readyz` for whoever starts us.
+"""Metrics and health over HTTP, on loopback or a Unix socket: `/metrics` for Prometheus, `/livez` and `/readyz` for whoever
+starts us.
 
 It runs in threads of its own beside the event loop, so a scraper that is slow or mad costs the daemon nothing: at most
 REQUESTS_MAX requests at a time, and none longer than REQUEST_SECONDS_MAX.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from threading import Lock, Thread
 from typing import Any
@@ -17,9 +19,10 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from tierd.clock import monotonic_seconds
+from tierd.clock import monotonic_seconds, thread_seconds
 from tierd.errors import Invalid
 from tierd.log import get_logger
+from tierd.server import listen
 
 REQUESTS_MAX = 8
 REQUEST_SECONDS_MAX = 5.0
@@ -29,37 +32,53 @@ log = get_logger("exporter")
 
 
 class Exporter:
-    """Serves one registry at `listen` ("host:port"; port 0 takes a free one, then see `port`).
+    """Serves one registry at `listen`: "host:port" (port 0 takes a free one, then see `port`), or the path of a Unix socket,
+    which gets `socket_mode`.
 
     `ready` is asked at every `/readyz` and answers (ready, reason). It and the registry's collectors are called in the
-    exporter's threads, not in the event loop's: they must not wait, and must not change anything.
+    exporter's threads, not in the event loop's: they must not wait, and must not change anything. `scraped` is told the
+    processor time of each scrape, in seconds.
     """
 
-    def __init__(self, registry: CollectorRegistry, ready: Callable[[], tuple[bool, str]], listen: str) -> None:
-        self.listen = listen
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        ready: Callable[[], tuple[bool, str]],
+        listen: str | Path,
+        socket_mode: int = 0o660,
+        scraped: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.listen, self._socket_mode = listen, socket_mode
         self.port = 0
-        self._application = application(make_wsgi_app(registry), ready)
+        self._application = application(timed(make_wsgi_app(registry), scraped), ready)
         self._server: BoundedServer | None = None
         self._thread: Thread | None = None
 
     @property
     def address(self) -> str:
-        """Where it serves, as "host:port"; empty when it does not."""
-        return f"{self.listen.rpartition(':')[0]}:{self.port}" if self._server is not None else ""
+        """Where it serves, as "host:port" or a path; empty when it does not."""
+        if self._server is None:
+            return ""
+        return str(self.listen) if isinstance(self.listen, Path) else f"{self.listen.rpartition(':')[0]}:{self.port}"
 
     def start(self) -> None:
         """Bind and serve from now on; Invalid when the address cannot be had."""
-        host, _, port = self.listen.rpartition(":")
-        try:
-            self._server = BoundedServer(host.strip("[]"), int(port))
-        except OSError as error:
-            remedy = "set metrics.listen to another port, or to '' for no metrics"
-            raise Invalid(f"metrics.listen = {self.listen} cannot be bound ({error.strerror}): {remedy}") from error
+        self._server = self._bind(self.listen)
         self._server.set_app(self._application)
-        self.port = self._server.server_address[1]
+        self.port = self._server.server_port
         self._thread = Thread(target=self._server.serve_forever, args=(SWEEP_SECONDS,), name="exporter", daemon=True)
         self._thread.start()
         log.info("listening", address=self.address)
+
+    def _bind(self, address: str | Path) -> BoundedServer:
+        if isinstance(address, Path):
+            return BoundedServer("", 0, listen(address, self._socket_mode, "metrics.socket"))
+        host, _, port = address.rpartition(":")
+        try:
+            return BoundedServer(host.strip("[]"), int(port))
+        except OSError as error:
+            remedy = "set metrics.listen to another port, or to '' for no metrics"
+            raise Invalid(f"metrics.listen = {address} cannot be bound ({error.strerror}): {remedy}") from error
 
     def close(self) -> None:
         """Stop serving; requests in progress are cut off."""
@@ -69,7 +88,21 @@ class Exporter:
         self._thread.join()
         self._server.cut_off(older_than_seconds=0)
         self._server.server_close()
+        if isinstance(self.listen, Path):
+            self.listen.unlink(missing_ok=True)
         self._server = self._thread = None
+
+
+def timed(metrics: WSGIApplication, scraped: Callable[[float], None]) -> WSGIApplication:
+    """Tell what each scrape took; it is all done when the application returns."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        started = thread_seconds()
+        body = metrics(environ, start_response)
+        scraped(thread_seconds() - started)
+        return body
+
+    return answer
 
 
 def application(metrics: WSGIApplication, ready: Callable[[], tuple[bool, str]]) -> WSGIApplication:
@@ -111,22 +144,35 @@ class QuietHandler(WSGIRequestHandler):
 
 
 class BoundedServer(ThreadingMixIn, WSGIServer):
-    """A thread for each connection, with a limit on their number and a deadline on each."""
+    """A thread for each connection, with a limit on their number and a deadline on each. `made` is a Unix socket that listens
+    already, in place of an address.
+    """
 
     daemon_threads = True
     request_queue_size = 64  # The library's 5 would make a burst of clients wait a second for TCP to try again.
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, made: socket.socket | None = None) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._made = made
         self._open: dict[socket.socket, float] = {}
         self._open_lock = Lock()
         super().__init__((host, port), QuietHandler)
 
     def server_bind(self) -> None:
         """As the library's own, without its look-up of our name, which may wait for a name server."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        if self._made is not None:
+            self.socket.close()
+            self.socket = self._made
+            self.server_name, self.server_port = "localhost", 0
+        else:
+            TCPServer.server_bind(self)
+            self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
         self.setup_environ()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; peers on a Unix socket have no address, and the library wants one."""
+        request, address = super().get_request()
+        return request, address if self._made is None else ("local", 0)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Take a connection while there is room for it; others are closed at once."""

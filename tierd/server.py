@@ -438,7 +438,7 @@ def send_now(connected: socket.socket, parts: list[memoryview], descriptors: Seq
     return connected.sendmsg(parts, [rights])
 
 
-def listen(path: Path, mode: int) -> socket.socket:
+def listen(path: Path, mode: int, key: str = "server.socket") -> socket.socket:
     """A listening Unix socket at `path`. Replaces a dead one; raises Invalid over a live one or anything else."""
     try:
         remove_stale(path)
@@ -451,7 +451,7 @@ def listen(path: Path, mode: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise Invalid(f"socket {path} cannot be used: {error.strerror or error}; set another server.socket") from error
+        raise Invalid(f"socket {path} cannot be used: {error.strerror or error}; set another {key}") from error
     return listener
 
 
