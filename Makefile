@@ -9,13 +9,16 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test check bench gpu quantisation policies oracle torture venv clean
+.PHONY: demo test test-prometheus check bench gpu quantisation policies dashboards pictures oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 2 --dist loadfile -m "not prometheus"
+
+test-prometheus: $(STAMP)  ## dashboards and alerts against a real Prometheus, which must be installed
+	$(RUN) pytest -n 0 -m prometheus tests/ops
 
 check: $(STAMP)  ## style, types and layers
 	$(VENV)/bin/ruff check
@@ -34,6 +37,12 @@ quantisation: $(STAMP) $(MODEL)/fetched  ## what quantised KV costs: the figures
 
 policies: $(STAMP)  ## every policy on the traces TRACES="file ...": tables and plots of docs/policies.md
 	$(RUN) benchmarks.policies $(TRACES)
+
+dashboards: $(STAMP)  ## dashboards, rules and docs/metrics.md, from the modules of dashboards/
+	$(RUN) dashboards
+
+pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
+	$(RUN) tests.ops.pictures
 
 oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle

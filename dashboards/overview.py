@@ -51,9 +51,9 @@ def dashboard() -> dict[str, Any]:
             (POSSIBLE, "possible"),
         ),
         graph(
-            "Prefill tokens saved",
+            "Prefill tokens saved by instance",
             "short",
-            "Tokens a second that engines need not compute, by instance.",
+            "Tokens a second that engines need not compute.",
             (total("instance", rate("tierd_saved_prefill_tokens_total")), "{{instance}}"),
             stack=True,
         ),

@@ -315,7 +315,8 @@ def rows_of(slots: Slots) -> NDArray[np.int64] | slice:
 
 def _sampled(slots: Slots) -> Slots:
     """Where `_since` has those of the slots that are followed."""
-    return slots[slots & SAMPLE - 1 == 0] // SAMPLE
+    followed: Slots = slots[slots & SAMPLE - 1 == 0] // SAMPLE
+    return followed
 
 
 def _resized(array: NDArray[Any], size: int) -> NDArray[Any]:
