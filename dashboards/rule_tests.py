@@ -1,7 +1,7 @@
 """Unit tests of the alert rules for `promtool test rules`: each alert is quiet while all is well, fires, and resolves.
 
-A case is what Prometheus sees, minute by minute in promtool's notation, when nothing must fire, when the alert must fire and
-with which labels, and when it must be over.
+A case is what Prometheus sees, minute by minute in promtool's notation, when nothing must fire (where the alert has to wait:
+while it does), when the alert must fire and with which labels, and when it must be over.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ CASES = {
     ),
     "TierdNvmeFailures": Case(
         {of("tierd_nvme_failures_total", 'reason="read: EIO"'): "3x10 4 5 6 7 8 9 9x40"},
-        10,
+        14,
         18,
         40,
         {**WHERE, "reason": "read: EIO"},
@@ -96,20 +96,20 @@ CASES = {
     ),
     "TierdSlowLookups": Case(
         slow("0.1", "tierd_request_duration_seconds_bucket", 'verb="lookup"'),
-        30,
+        38,
         55,
         90,
         {**WHERE, "verb": "lookup"},
         "99.01ms",
     ),
-    "TierdLoopLag": Case(slow("0.5", "tierd_loop_lag_seconds_bucket"), 30, 55, 90, value="495ms"),
+    "TierdLoopLag": Case(slow("0.5", "tierd_loop_lag_seconds_bucket"), 38, 55, 90, value="495ms"),
     "TierdRefusesWork": Case(
         {
             of("tierd_request_errors_total", 'verb="store", error="busy"'): "0x10 0+100x40 4000x60",
             of("tierd_request_errors_total", 'verb="load", error="gone"'): "0+500x120",
             of("tierd_request_duration_seconds_count", 'verb="store"'): "0+1000x120",
         },
-        14,
+        22,
         40,
         65,
         value="10%",

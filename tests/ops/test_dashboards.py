@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import yaml
 from dashboards.__main__ import ROOT
 from dashboards.build import DASHBOARDS, files
 from dashboards.lint import RULES, lint, panels, targets
-from dashboards.rule_tests import CASES
-from dashboards.rules import ALERTS, RECORDED
+from dashboards.rule_tests import CASES, rule_tests
+from dashboards.rules import ALERTS, RECORDED, rules
 from tests.ops.prometheus import needs_promtool, promtool
 from tierd.series import SERIES
 
@@ -140,3 +141,27 @@ def test_promtool_accepts_the_rules() -> None:
 def test_every_alert_is_quiet_fires_and_resolves() -> None:
     """promtool's unit tests: not while all is well, with the right labels and text when it is not, not any more afterwards."""
     assert "SUCCESS" in "\n".join(promtool("test", "rules", "tierd-rules-test.yml"))
+
+
+@needs_promtool
+@pytest.mark.parametrize("mistake", ["never", "always", "at once"])
+def test_the_unit_tests_notice_an_alert_that_is_wrong(mistake: str, tmp_path: Path) -> None:
+    """For each alert: one that never fires, one that always does, and one that does not wait fail its test."""
+    tests = {test["name"]: test for test in rule_tests()["tests"]}
+    for at, alert in enumerate(ALERTS):
+        if mistake == "at once" and alert.wait == "0m":
+            continue
+        wrong = rules()
+        rule = wrong["groups"][1]["rules"][at]
+        match mistake:
+            case "never":
+                rule["expr"] = f"({alert.expression}) and on () vector(0) > 1"
+            case "always":
+                rule["expr"] = "vector(1)"
+            case "at once":
+                rule["for"] = "0m"
+        (tmp_path / "tierd-rules.yml").write_text(yaml.safe_dump(wrong))
+        alone = {**rule_tests(), "tests": [tests[alert.name]]}
+        (tmp_path / "tierd-rules-test.yml").write_text(yaml.safe_dump(alone))
+        with pytest.raises(AssertionError, match="FAILED"):
+            promtool("test", "rules", "tierd-rules-test.yml", folder=tmp_path)
