@@ -24,7 +24,7 @@ from tierd.series import Series
 from tierd.space import Space
 from tierd.tiers.tier import MemoryTier
 
-REQUEST_BUCKETS = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0, 10.0)
+REQUEST_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.1, 0.5, 2.5, 10.0)
 LAG_BUCKETS = (1e-3, 5e-3, 2.5e-2, 0.1, 0.5, 2.5)
 LOOKUP_TIERS = (*TIERS, "remote", "pending", "miss")
 EVICTIONS = ("clean", "drop")

@@ -8,11 +8,13 @@ import select
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from statistics import median
 from threading import Event
 
 import pytest
@@ -268,48 +270,39 @@ def unix_get(path: Path, what: str) -> tuple[int, str]:
 
 
 def test_a_scrape_of_a_busy_daemon_costs_little_and_stops_nothing(start: Start) -> None:
-    """Under 5 ms of processor time each while two clients work without a pause; and a scraper that never stops leaves them at
-    least a third of their speed, since it holds nothing that they need but the interpreter.
+    """Under 5 ms of processor time while two clients work without a pause; with twenty scrapes a second they do as much as
+    without, but for a third that neighbours on the machine may take.
     """
     daemon = start(metrics_per_namespace="true")
-    requests = 'tierd_request_duration_seconds_count{verb="lookup"}'
-    stop = Event()
+    stop, done, seconds = Event(), Counter[str](), [0.0]
+    lookups, lasted = [0, 0], [0.0, 0.0]
     with ThreadPoolExecutor(2) as pool:
-        workers = [pool.submit(look_up, daemon, seed, stop) for seed in (1, 2)]
+        workers = [pool.submit(look_up, daemon, seed, stop, done) for seed in (1, 2)]
         try:
-            before = wait_for(daemon, lambda samples: samples.get(requests, 0) >= 200)
-            started = monotonic_seconds()
-            middle = wait_for(daemon, lambda samples: samples[requests] >= before[requests] + 400, pause=0.2)
-            calm = (middle[requests] - before[requests]) / (monotonic_seconds() - started)
-            started = monotonic_seconds()
-            after = wait_for(daemon, lambda samples: samples["tierd_scrapes_total"] >= middle["tierd_scrapes_total"] + 100)
-            stormy = (after[requests] - middle[requests]) / (monotonic_seconds() - started)
+            for turn in range(20):  # in turns, so that what neighbours do falls on both
+                before, started, is_scraped = done.total(), monotonic_seconds(), turn % 2
+                for _ in range(5):
+                    if is_scraped:
+                        seconds.append(daemon.metrics()["tierd_scrape_cpu_seconds_total"])
+                    select.select([], [], [], 0.05)
+                lookups[is_scraped] += done.total() - before
+                lasted[is_scraped] += monotonic_seconds() - started
         finally:
             stop.set()
         for worker in workers:
             worker.result()
-    scrapes, seconds = (
-        after[f"tierd_{name}_total"] - before[f"tierd_{name}_total"] for name in ("scrapes", "scrape_cpu_seconds")
-    )
-    assert seconds / scrapes < 0.005
-    assert stormy > calm / 3
+    assert len(seconds) == 51 and lookups[0] > 500
+    assert median(later - sooner for sooner, later in pairwise(seconds[1:])) < 0.005
+    assert lookups[1] / lasted[1] > lookups[0] / lasted[0] * 2 / 3
 
 
-def look_up(daemon: Daemon, seed: int, stop: Event) -> None:
+def look_up(daemon: Daemon, seed: int, stop: Event, done: Counter[str]) -> None:
     """Ask for the same prompt until told to stop."""
     with daemon.peer() as wire:
         wire.store(hashes_of(seed, 40))
         while not stop.is_set():
             wire.load(hashes_of(seed, 40))
-
-
-def wait_for(daemon: Daemon, so: Callable[[dict[str, float]], bool], pause: float = 0.0) -> dict[str, float]:
-    """Scrape until the samples are as wanted."""
-    deadline = monotonic_seconds() + 60
-    while not so(samples := daemon.metrics()):
-        assert monotonic_seconds() < deadline, "it is still not so"
-        select.select([], [], [], pause)
-    return samples
+            done[f"{seed}"] += 1
 
 
 def test_the_document_lists_exactly_what_is_exported(start: Start) -> None:

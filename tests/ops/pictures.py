@@ -5,6 +5,7 @@ Real values from a real Prometheus, drawn by matplotlib in the grid of the dashb
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def label(legend: str, names: dict[str, str]) -> str:
     """What Grafana makes of a legend such as "{{tier}} used"."""
     for name, value in names.items():
         legend = legend.replace(f"{{{{{name}}}}}", value)
-    return legend
+    return re.sub(r"\{\{\w+\}\}", "", legend)
 
 
 def seconds(value: float) -> str:
@@ -123,7 +124,7 @@ FORMATS = {
     "bytes": lambda value: rounded_size(int(value)),
     "Bps": lambda value: f"{rounded_size(int(value))}/s",
     "reqps": "{:.3g}/s".format,
-    "short": "{:.4g}".format,
+    "short": lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
     "none": "{:.4g}".format,
 }
 
