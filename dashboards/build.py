@@ -27,4 +27,5 @@ def files() -> dict[str, str]:
 
 def as_yaml(module: str, value: Any) -> str:
     """YAML that a person can read, with a note on where it comes from."""
-    return f"# {MADE.format(module)}\n" + yaml.safe_dump(value, sort_keys=False, width=120)
+    text: str = yaml.safe_dump(value, sort_keys=False, width=120)
+    return f"# {MADE.format(module)}\n{text}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dashboards.rules import ALERTS, annotations
+from dashboards.rules import ALERTS, shown
 
 AT = 'job="tierd", instance="box:9475"'
 WHERE = {"job": "tierd", "instance": "box:9475"}
@@ -133,12 +133,11 @@ def rule_tests() -> dict[str, Any]:
     tests = []
     for name, case in CASES.items():
         alert = by_name[name]
-        shown = {
-            label: filled(text, case.labels, case.value) if label != "runbook" else text
-            for label, text in annotations(alert).items()
+        texts = {
+            label: filled(text, case.labels, case.value) if label != "runbook" else text for label, text in shown(alert).items()
         }
-        fired = {"exp_labels": {"severity": alert.severity, **case.labels}, "exp_annotations": shown}
-        expected = ((case.quiet, []), (case.fires, [fired]), (case.over, []))
+        fired = {"exp_labels": {"severity": alert.severity, **case.labels}, "exp_annotations": texts}
+        expected: tuple[tuple[int, list[dict[str, Any]]], ...] = ((case.quiet, []), (case.fires, [fired]), (case.over, []))
         tests.append(
             {
                 "name": name,

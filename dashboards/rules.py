@@ -166,7 +166,7 @@ def rules() -> dict[str, Any]:
             "expr": alert.expression,
             "for": alert.wait,
             "labels": {"severity": alert.severity},
-            "annotations": annotations(alert),
+            "annotations": shown(alert),
         }
         for alert in ALERTS
     ]
@@ -174,7 +174,7 @@ def rules() -> dict[str, Any]:
     return {"groups": [{"name": "tierd-records", "rules": recorded}, {"name": "tierd-alerts", "rules": alerts}]}
 
 
-def annotations(alert: Alert) -> dict[str, str]:
+def shown(alert: Alert) -> dict[str, str]:
     """What is shown with it."""
     return {
         "summary": alert.summary,
