@@ -78,21 +78,22 @@ async def serve(config: Config) -> int:
                 return False, "draining" if stop.is_set() else "starting"
             return True, f"ready\nio {path[0]} {path[1]}"
 
-        server = config.server
-        local = Exporter(metrics.registry, health, config.metrics.socket, server.socket_mode, metrics.scraped)
-        stack.callback(local.close)
-        local.start()
         exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen, scraped=metrics.scraped))
         stack.callback(exporter.close)
         admin = Admin(config, keeper, metrics, path, exporter.address, stop.set)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
+        server = config.server
         data = Server(server.socket, server.socket_mode, service, config.limits, admin=False)
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
-        for listener in (control, data):
-            await listener.start()
-            stack.push_async_callback(listener.close)
+        local = Exporter(metrics.registry, health, config.metrics.socket, server.socket_mode, metrics.scraped)
+        await control.start()
+        stack.push_async_callback(control.close)
+        local.start()
+        stack.callback(local.close)
+        await data.start()  # last, so that who can connect finds all the rest
+        stack.push_async_callback(data.close)
         background, watching = asyncio.create_task(keeper.run()), asyncio.create_task(lag.watch(metrics.lag))
         for task in (background, watching):
             stack.callback(task.cancel)
