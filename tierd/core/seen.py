@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tierd.core.ages import EVERYWHERE, GAP, SAMPLE, note_ages
 
@@ -19,12 +20,15 @@ _SHIFT = np.uint64(SAMPLE.bit_length() - 1)
 
 
 class Seen:
-    """Counts sampled blocks of lookups as seen before or new, and how long ago those were asked for."""
+    """Counts sampled blocks of lookups as seen before or new, and how long ago those were asked for.
+
+    Its MiB is taken with the first of them: not every namespace that is stored is read.
+    """
 
     def __init__(self, counters: Counter[tuple[str, ...]]) -> None:
         self._counters = counters
-        self._hashes = np.zeros(CELLS, np.uint64)
-        self._when = np.zeros(CELLS, np.int64)
+        self._hashes: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._when: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def asked(self, hashes: bytes, now: int) -> None:
         """A lookup of packed 32-byte hashes at `now` (Unix milliseconds)."""
@@ -32,6 +36,8 @@ class Seen:
         words = words[words & _MASK == 0]
         if not len(words):
             return
+        if not len(self._hashes):
+            self._hashes, self._when = np.zeros(CELLS, np.uint64), np.zeros(CELLS, np.int64)
         cells = (words >> _SHIFT & np.uint64(CELLS - 1)).astype(np.int64)
         known = self._hashes[cells] == words
         seen = int(np.count_nonzero(known))
