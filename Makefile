@@ -10,19 +10,22 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-vllm check bench gpu quantisation policies oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-vllm check bench gpu quantisation policies dashboards pictures oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(RUN) pytest -n 2 --dist loadfile -m "not systemd"
+	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus"
 
 test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
 	$(RUN) pytest -n 0 -m systemd tests/ops
 
 test-vllm: $(VLLM)/installed $(MODEL)/fetched  ## the connector with vLLM itself, on the CPU, in an environment of its own
 	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest tests/vllm
+
+test-prometheus: $(STAMP)  ## dashboards and alerts against a real Prometheus, which must be installed
+	$(RUN) pytest -n 0 -m prometheus tests/ops
 
 check: $(STAMP)  ## style, types and layers
 	$(VENV)/bin/ruff check
@@ -41,6 +44,12 @@ quantisation: $(STAMP) $(MODEL)/fetched  ## what quantised KV costs: the figures
 
 policies: $(STAMP)  ## every policy on the traces TRACES="file ...": tables and plots of docs/policies.md
 	$(RUN) benchmarks.policies $(TRACES)
+
+dashboards: $(STAMP)  ## dashboards, rules and docs/metrics.md, from the modules of dashboards/
+	$(RUN) dashboards
+
+pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
+	$(RUN) tests.ops.pictures
 
 oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle

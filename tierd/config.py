@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,9 +109,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Prometheus and health over HTTP; `listen` is empty when off."""
+    """Prometheus and health over HTTP, on a Unix socket and on loopback; `listen` is empty when the latter is off."""
 
     listen: str = key("127.0.0.1:9475", loopback)
+    socket: Path = key(None, path)
+    per_namespace: bool = key(False, boolean)
 
 
 @dataclass(frozen=True)
@@ -352,6 +355,7 @@ def fill_paths(values: dict[str, Any], environ: Mapping[str, str], uid: int) -> 
     state = values["server.state_dir"] = values["server.state_dir"] or default_state_dir(environ, uid)
     values["server.socket"] = values["server.socket"] or runtime / "tierd.sock"
     values["server.admin_socket"] = values["server.admin_socket"] or runtime / "admin.sock"
+    values["metrics.socket"] = values["metrics.socket"] or runtime / "metrics.sock"
     values["nvme.path"] = values["nvme.path"] or state / "nvme"
 
 
@@ -399,12 +403,14 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
     refuse_over("limits.hello_frame_bytes_max", "limits.frame_bytes_max")
     # A request carries 32 bytes of hash a block; one more for each leaves ample room for the rest of its frame.
     refuse_over("limits.blocks_per_request_max", "limits.frame_bytes_max", 33, " times 33 bytes")
-    for dotted in ("server.socket", "server.admin_socket"):
+    sockets = ("server.socket", "server.admin_socket", "metrics.socket")
+    for dotted in sockets:
         if (length := len(os.fsencode(values[dotted]))) > SOCKET_PATH_BYTES_MAX:
             remedy = f"a socket's path has at most {SOCKET_PATH_BYTES_MAX}: set a shorter server.runtime_dir"
             raise Invalid(f"{named(dotted)} has {length} bytes, {remedy}")
-    if values["server.socket"] == values["server.admin_socket"]:
-        raise Invalid(f"{named('server.socket')} is also {named('server.admin_socket')}: give them different names")
+    for one, other in combinations(sockets, 2):
+        if values[one] == values[other]:
+            raise Invalid(f"{named(one)} is also {named(other)}: give them different names")
 
 
 def as_written(dotted: str, value: Any) -> Any:

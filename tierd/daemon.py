@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, suppress
 
 import uvloop
 
-from tierd import __version__, clock, history, log, systemd, watchdog
+from tierd import __version__, clock, history, lag, log, systemd, watchdog
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
@@ -86,7 +86,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         inherited = systemd.inherited()
         data_socket, metrics_socket = (listening(inherited, name) for name in (systemd.DATA_SOCKET, systemd.METRICS_SOCKET))
         adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
-        metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost})
+        began = clock.unix_milliseconds() / 1000
+        metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
         kept = Kept()
         stack.callback(kept.close)
         service = Service(config, keeper, metrics, kept, space_of)
@@ -102,7 +103,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
                 return False, "draining" if stop.is_set() else "starting"
             return True, f"ready\nio {way.engine} {way.path}\ngpu {way.gpu}"
 
-        exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen, metrics_socket))
+        loopback = Exporter(metrics.registry, health, config.metrics.listen, made=metrics_socket, scraped=metrics.scraped)
+        exporter = open_exporter(loopback)
         stack.callback(exporter.close)
         admin = Admin(config, keeper, metrics, way, exporter.address, stop.set, reloader.reload)
         for space in keeper.spaces.values():
@@ -111,12 +113,18 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         server = config.server
         data = Server(server.socket, server.socket_mode, service, config.limits, admin=False, inherited=data_socket)
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
-        for listener in (control, data):
-            await listener.start()
-            stack.push_async_callback(listener.close)
+        mode = server.socket_mode
+        local = Exporter(metrics.registry, health, config.metrics.socket, socket_mode=mode, scraped=metrics.scraped)
+        await control.start()
+        stack.push_async_callback(control.close)
+        local.start()
+        stack.callback(local.close)
+        await data.start()  # last, so that who can connect finds all the rest
+        stack.push_async_callback(data.close)
         background = asyncio.create_task(keeper.run())
         feeding = asyncio.create_task(watchdog.feed(keeper.mover))
-        for task in (background, feeding):
+        watching = asyncio.create_task(lag.watch(metrics.lag))
+        for task in (background, feeding, watching):
             stack.callback(task.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -173,10 +181,10 @@ def listening(inherited: dict[str, list[int]], name: str) -> socket.socket | Non
 def open_exporter(exporter: Exporter) -> Exporter:
     """Start to serve metrics, if they are wanted; a taken address that nobody chose is no reason not to serve blocks."""
     try:
-        if exporter.listen or exporter.inherited:
+        if exporter.listen or exporter.made:
             exporter.start()
     except Invalid as error:
-        if exporter.inherited or exporter.listen != KEYS["metrics.listen"]["default"]:
+        if exporter.made or exporter.listen != KEYS["metrics.listen"]["default"]:
             raise
         logger.warning("no metrics and no health checks", reason=str(error))
     return exporter

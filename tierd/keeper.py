@@ -204,6 +204,10 @@ class Keeper:
             elif arena.segments:
                 self._rebalance(space, tier)
 
+    def is_refused(self, tier: int) -> bool:
+        """Whether the tier's medium refused the last segment that it was asked for."""
+        return self._paused_until[tier] > 0
+
     def _is_paused(self, tier: int) -> bool:
         return clock.monotonic_seconds() < self._paused_until[tier]
 

@@ -14,10 +14,10 @@ from tierd.errors import Invalid
 BACKLOG = 128
 
 
-def listen(path: Path, mode: int) -> socket.socket:
+def listen(path: Path, mode: int, key: str = "server.socket") -> socket.socket:
     """A listening Unix socket at `path`. Replaces a dead one; raises Invalid over a live one or anything else."""
     try:
-        remove_stale(path)
+        remove_stale(path, key)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             listener.bind(str(path))
@@ -27,7 +27,7 @@ def listen(path: Path, mode: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise Invalid(f"socket {path} cannot be used: {error.strerror or error}; set another server.socket") from error
+        raise Invalid(f"socket {path} cannot be used: {error.strerror or error}; set another {key}") from error
     return listener
 
 
@@ -40,16 +40,16 @@ def taken_over(inherited: socket.socket, path: Path) -> socket.socket:
     return inherited
 
 
-def remove_stale(path: Path) -> None:
+def remove_stale(path: Path, key: str) -> None:
     """Remove a socket that nobody listens on."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Invalid(f"{path} exists and is no socket: remove it, or set another server.socket")
+            raise Invalid(f"{path} exists and is no socket: remove it, or set another {key}")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         answer = probe.connect_ex(str(path))
     if answer not in (errno.ECONNREFUSED, errno.ENOENT):
-        raise Invalid(f"another daemon listens on {path}: stop it, or set another server.socket")
+        raise Invalid(f"another daemon listens on {path}: stop it, or set another {key}")
     with suppress(FileNotFoundError):
         os.unlink(path)

@@ -45,8 +45,8 @@ class Mover:
         """Transfers by reason."""
         self.moved: Counter[tuple[str, str, str]] = Counter()
         """Bytes by (reason, source, target)."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        """Busy thread seconds by reason."""
+        self.seconds: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+        """Busy thread seconds, likewise."""
         self._finished = finished
         self._progress = clock.monotonic_seconds()
         """When a part last ended, or could first be expected to."""
@@ -131,11 +131,11 @@ class Mover:
     def _end(self, job: _Job, part: NDArray[np.intp], outcome: NDArray[np.uint8], seconds: float) -> None:
         transfer = job.transfer
         self._progress = clock.monotonic_seconds()
-        self.seconds[transfer.reason] += seconds
+        way = transfer.reason, transfer.source, transfer.target
+        self.seconds[way] += seconds
         job.outcome[part] = outcome
         job.parts -= 1
-        moved = int((outcome == OK).sum()) * job.space.namespace.layout.block_bytes
-        self.moved[transfer.reason, transfer.source, transfer.target] += moved
+        self.moved[way] += int((outcome == OK).sum()) * job.space.namespace.layout.block_bytes
         if not job.parts:
             self.in_flight[transfer.reason] -= 1
             job.space.finish(transfer, job.outcome, clock.unix_milliseconds())

@@ -102,8 +102,11 @@ class Space:
         self.arenas = [Arena(tier, namespace) for tier in tiers]
         pools = {arena.tier.name: arena.pool for arena in self.arenas}
         seed = int.from_bytes(os.urandom(8), "little")
+        tokens = namespace.layout.block_tokens
         blocks = max(1, min(TRANSFER_BLOCKS_MAX, TRANSFER_BYTES // namespace.layout.block_bytes))
-        self.cache = Cache(pools, window_share=window_share, transfer_blocks=blocks, write_back=write_back, seed=seed)
+        self.cache = Cache(
+            pools, window_share=window_share, transfer_blocks=blocks, write_back=write_back, block_tokens=tokens, seed=seed
+        )
         self.sessions: dict[int, Attached] = {}
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""

@@ -54,6 +54,7 @@ from tierd.core.pool import FILLING, Pool
 from tierd.core.promotion import Promotion
 from tierd.core.publish import parent_piece, positions, publish
 from tierd.core.room import Room
+from tierd.core.seen import Seen
 from tierd.core.session import Session
 from tierd.core.transfers import Transfers
 from tierd.core.write_back import WriteBack
@@ -64,7 +65,7 @@ class Cache:
     """One namespace, over the pools of its tiers by name, top first.
 
     `window_share` bounds one promotion to a share of the tier that it goes to; without `write_back` nothing goes to nvme;
-    `seed` (secret, 64 bits) keeps clients from aiming at the index's hash table.
+    a block that is found saves `block_tokens`; `seed` (secret, 64 bits) keeps clients from aiming at the index's hash table.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Cache:
         window_share: float = 0.25,
         transfer_blocks: int = 64,
         write_back: bool = True,
+        block_tokens: int = 1,
         seed: int = 0,
     ) -> None:
         self.ladder = ladder = Ladder(pools)
@@ -81,6 +83,8 @@ class Cache:
         self.index = Index(len(ladder), seed)
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
+        self._block_tokens = block_tokens
+        self._seen = Seen(self.counters)
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder)
         self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)
@@ -166,6 +170,7 @@ class Cache:
         """
         session = self.sessions[session_id]
         tier, pool = session.tier, session.pool
+        self._seen.asked(hashes, now)
         slots, pieces = self._resident(hashes, parent)
         here, blocks = slots[tier], slots.shape[1]
         is_here = here >= 0
@@ -194,6 +199,7 @@ class Cache:
                 if not told:
                     del session.leases[lease.id]
                     return Found(0, 0, 0, here[:0], tiers)
+        self.counters["saved", "tokens"] += lease.blocks * self._block_tokens
         return Found(lease.id, lease.blocks, told, here[:told].copy(), tiers)
 
     def _told_max(self, tier: int) -> int:

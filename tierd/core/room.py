@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd.core.ages import IDLE, LIVED, note_age, note_ages
 from tierd.core.index import Index, Node
 from tierd.core.ladder import Ladder
 from tierd.core.plan import Slots, any_of, any_true
@@ -36,7 +37,7 @@ class Room:
         pool = self._pools[tier]
         if pool.free < count:
             self._evict(tier, max(count - pool.free, min(self._quantum, pool.slots // 32)), behind, new)
-        return pool.take(count)
+        return pool.take(count, self._index.latest)
 
     def vacate(self, tier: int, ordinal: int) -> None:
         """Take every block of a segment out of the index, in use or not, and use none of its slots any more."""
@@ -57,12 +58,12 @@ class Room:
             if len(offsets):
                 gone[node] = None
                 self._count(tier, len(offsets), int(self._elsewhere(node, tier)[offsets].sum()))
-                pool.retire(self._index.clear(tier, node, offsets))
+                self._retire(tier, self._index.clear(tier, node, offsets))
         self._index.trim(gone)
 
     def _evict(self, tier: int, count: int, behind: Node | None, new: bytes) -> None:
         """Free at least `count` slots, if that many may go."""
-        order, pool = self._index.orders[tier], self._pools[tier]
+        order = self._index.orders[tier]
         path = set(self._index.path(behind)) if behind is not None else set()
         gone: list[Slots] = []
         emptied: list[Node] = []
@@ -74,6 +75,7 @@ class Room:
             if not len(offsets):
                 continue
             gone.append(row.take(offsets))
+            note_age(self._counters, IDLE, self._ladder.names[tier], self._index.latest - node.last_use, len(offsets))
             row[offsets] = -1
             kept = int(np.count_nonzero(self._elsewhere(node, tier).take(offsets)))
             if kept < len(offsets):
@@ -88,7 +90,7 @@ class Room:
             order.remove(node)
         self._index.trim(trimmed)
         if gone:
-            pool.retire(np.concatenate(gone))
+            self._retire(tier, np.concatenate(gone))
             self._count(tier, taken, clean)
 
     def _victims(self, node: Node, tier: int, is_ancestor: bool) -> NDArray[np.intp]:
@@ -108,6 +110,11 @@ class Room:
         """Which of the node's blocks have a copy in another tier."""
         others = [row for at, row in enumerate(node.slots) if at != tier]
         return any_of(others) if others else np.zeros(len(node), np.bool_)
+
+    def _retire(self, tier: int, slots: Slots) -> None:
+        pool = self._pools[tier]
+        note_ages(self._counters, LIVED, self._ladder.names[tier], self._index.latest - pool.taken_at(slots))
+        pool.retire(slots)
 
     def _count(self, tier: int, taken: int, clean: int) -> None:
         name = self._ladder.names[tier]
