@@ -17,7 +17,7 @@ HEAD = """\
 |---|---|
 | `/metrics` | every series below, in Prometheus' text format |
 | `/livez` | 200 `alive` while the process serves HTTP |
-| `/readyz` | 200 `ready`, the path to NVMe (`io posix direct`) and the best way to a GPU (`gpu none`); else 503 `starting` or `draining` |
+| `/readyz` | 200 `ready`, the path to NVMe (`io posix direct`), the way to a GPU (`gpu none`); 503 `starting` or `draining` |
 
     curl --unix-socket /run/tierd/metrics.sock http://tierd/metrics
 
