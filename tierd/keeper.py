@@ -331,14 +331,14 @@ class Keeper:
                 self.forgotten.update(space.cache.counters)
                 del self.spaces[space.namespace.id]
 
-    def give_up_coldest(self) -> bool:
-        """Begin to give up all that the coldest namespace without sessions has, so that it can be forgotten; False when every
-        one has sessions.
+    def give_up_one(self) -> bool:
+        """Begin to give up all of the namespace that has been without sessions longest, so that it can be forgotten; False
+        when every one has sessions.
         """
         idle = [space for space in self.spaces.values() if not space.sessions]
         if not idle:
             return False
-        space = min(idle, key=Space.warmest)
+        space = min(idle, key=lambda one: one.left_at)
         for tier, arena in enumerate(space.arenas):
             for ordinal in arena.segments.keys() - arena.pool.closing:
                 self._background(self._kill(space, ordinal, tier))

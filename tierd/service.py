@@ -205,7 +205,7 @@ class Service:
         spaces, most = self._keeper.spaces, self.config.limits.namespaces_max
         if namespace.id not in spaces and len(spaces) >= most:
             self._keeper.forget_empty()
-            if len(spaces) >= most and self._keeper.give_up_coldest():
+            if len(spaces) >= most and self._keeper.give_up_one():
                 raise Busy(f"of the maximum of {most} namespaces one that nobody uses is being given up: try again in a moment")
             if len(spaces) >= most:
                 raise Busy(f"the daemon serves its maximum of {most} namespaces, all in use: raise limits.namespaces_max")

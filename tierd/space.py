@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd import systemd
+from tierd import clock, systemd
 from tierd.core.cache import Cache
 from tierd.core.plan import Transfer
 from tierd.core.pool import Pool
@@ -108,6 +108,8 @@ class Space:
             pools, window_share=window_share, transfer_blocks=blocks, write_back=write_back, block_tokens=tokens, seed=seed
         )
         self.sessions: dict[int, Attached] = {}
+        self.left_at = 0.0
+        """When a session of it ended last (monotonic seconds); 0: none has in this life of the daemon."""
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""
         self._done: dict[int, asyncio.Event] = {}
@@ -148,6 +150,7 @@ class Space:
     def detach(self, session: Attached) -> None:
         """The session has ended: free what it held, and its bit."""
         del self.sessions[session.id]
+        self.left_at = clock.monotonic_seconds()
         self.cache.close_session(session.id)
         for segment in session.arena.segments.values():
             segment.directory.unhold_all(session.bit)
@@ -178,10 +181,6 @@ class Space:
         """Last use (Unix milliseconds) of this space's coldest block in a tier."""
         node = next(self.cache.index.orders[tier].coldest(), None)
         return node.last_use if node is not None else 0
-
-    def warmest(self) -> int:
-        """Last use (Unix milliseconds) of this space's warmest segment; 0 without any."""
-        return max((used for arena in self.arenas for used in arena.pool.last_use.values()), default=0)
 
     def kept_back(self, tier: int) -> set[int]:
         """Ordinals of segments that a client maps which has no event channel, or owes an answer on it."""

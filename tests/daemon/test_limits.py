@@ -203,10 +203,10 @@ def test_a_namespace_that_has_lost_all_makes_room_for_another(start: Start) -> N
         assert second.load(hashes_of(2, 5)) == 5
 
 
-def test_the_coldest_namespace_that_nobody_uses_makes_room_for_another(start: Start) -> None:
-    """At the limit a new one is told to try again, and soon gets in; who has a client, and who is warmer, keeps all blocks."""
+def test_the_namespace_that_was_left_first_makes_room_for_another(start: Start) -> None:
+    """At the limit a new one is told to try again, and soon gets in; who has a client, or was left later, keeps all blocks."""
     daemon = start(limits_namespaces_max=3)
-    for model in ("cold", "warm"):
+    for model in ("first", "later"):
         with daemon.peer(model=model) as peer:
             assert peer.store(hashes_of(1, 5)) == 5
     with daemon.peer(model="used") as used:
@@ -222,9 +222,9 @@ def test_the_coldest_namespace_that_nobody_uses_makes_room_for_another(start: St
 
         assert not join()
         daemon.wait_until(lambda _: join())
-        assert {space["model"] for space in daemon.status()["namespaces"]} == {"warm", "used", "new"}
+        assert {space["model"] for space in daemon.status()["namespaces"]} == {"later", "used", "new"}
         assert used.load(hashes_of(2, 5)) == 5
-        with daemon.peer(model="warm") as peer:
+        with daemon.peer(model="later") as peer:
             assert peer.load(hashes_of(1, 5)) == 5
 
 

@@ -276,13 +276,15 @@ def test_the_end_of_a_turn_is_told_to_memory(twins: Twins) -> None:
     engine = twins.engine(CopyingMemory(twins.layout, 20, cache.connect(model="m", layout=twins.layout)))
     engine.add(prompt(20), Sampling(max_tokens=4), conversation="c1")
     aborted = engine.add(prompt(20, seed=2), Sampling(max_tokens=4), conversation="c2")
-    engine.step()
+    while not aborted[0].new_tokens:
+        engine.step()
     engine.abort(aborted)
     engine.add(prompt(20), Sampling(max_tokens=40, stop_tokens=tuple(range(128))))
     run(engine)
     engine.close()
     first, second = (chain(prompt(16, seed=seed), 16) for seed in (1, 2))
-    assert cache.turns == [(second, "abort", "c2"), (first, "stop", None), (first, "length", "c1")]
+    assert set(cache.turns) == {(second, "abort", "c2"), (first, "stop", None), (first, "length", "c1")}
+    assert len(cache.turns) == 3
     assert {name for _, name in cache.blocks} == {first, second}
 
 
