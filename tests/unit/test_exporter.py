@@ -85,7 +85,7 @@ def test_a_scraper_that_takes_other_formats_gets_plain_text_too(served: Exporter
 def test_a_unix_socket_is_served_replaced_when_dead_and_left_to_who_lives(tmp_path: Path) -> None:
     """It has the mode that it was given; a second daemon is told the key to change; what a dead one left is replaced."""
     path = tmp_path / "metrics.sock"
-    first, second = (Exporter(CollectorRegistry(), State(), path, 0o600) for _ in range(2))
+    first, second = (Exporter(CollectorRegistry(), State(), path, socket_mode=0o600) for _ in range(2))
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     first.start()
@@ -194,7 +194,7 @@ def test_a_socket_of_the_service_manager_is_served_and_stays_open(state: State) 
         port = managers.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), timeout=5) as early:
             early.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
-            mine = Exporter(CollectorRegistry(), state, f"127.0.0.1:{port}", managers.dup())
+            mine = Exporter(CollectorRegistry(), state, f"127.0.0.1:{port}", made=managers.dup())
             mine.start()
             assert early.recv(100).startswith(b"HTTP/1.0 200 OK")
         mine.close()
@@ -207,4 +207,4 @@ def test_a_socket_elsewhere_than_configured_is_refused(listen: str, state: State
     with socket.create_server(("127.0.0.1", 0)) as managers:
         port = managers.getsockname()[1]
         with pytest.raises(Invalid, match=f"listens on 127.0.0.1:{port}, metrics.listen = '{listen}': make ListenStream="):
-            Exporter(CollectorRegistry(), state, listen, managers).start()
+            Exporter(CollectorRegistry(), state, listen, made=managers).start()
