@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from tests.sim.directories import Segment
 from tierd import lag
-from tierd.core.ages import BOUNDS, BUCKETS, EVERYWHERE, GAP, IDLE, SAMPLE, SUM, note_age, note_ages
+from tierd.core.ages import BOUNDS, BUCKETS, EVERYWHERE, GAP, IDLE, SAMPLE, SUM, note_ages
 from tierd.core.pool import Pool
 from tierd.core.seen import CELLS, Seen
 
@@ -30,7 +30,7 @@ def test_ages_one_by_one_and_together_come_to_the_same() -> None:
     one: Counter[tuple[str, ...]] = Counter()
     all_at_once: Counter[tuple[str, ...]] = Counter()
     for age in ages:
-        note_age(one, IDLE, "cpu", age, 3)
+        note_ages(one, IDLE, "cpu", np.array([age]), np.array([3]))
     for _ in range(3):
         note_ages(all_at_once, IDLE, "cpu", np.array(ages, np.int64))
     assert one == all_at_once

@@ -2,12 +2,11 @@
 
 Three ages: `idle`, since the last use of a block that leaves a tier to make room; `lived`, since its slot was taken (of every
 SAMPLE-th slot); `gap`, since the last lookup of a block that is looked up again (of every SAMPLE-th hash, see `seen`). One
-call for all blocks of a node or a request; nothing here is done per block.
+call for all blocks of an eviction or a request; nothing here is done per block.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 
 import numpy as np
@@ -22,24 +21,22 @@ BOUNDS = (1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600)
 """Upper bounds of the buckets, in seconds; one more holds what is older."""
 BUCKETS = (*map(str, BOUNDS), "+Inf")
 SUM = "milliseconds"
-_BOUNDS_MS = [1000 * bound for bound in BOUNDS]
-_BOUNDS = np.array(_BOUNDS_MS, np.int64)
+_BOUNDS = 1000 * np.array(BOUNDS, np.int64)
 
 
-def note_age(counters: Counter[tuple[str, ...]], kind: str, tier: str, milliseconds: int, blocks: int) -> None:
-    """Count blocks that have all the same age."""
-    milliseconds = max(0, milliseconds)  # the wall clock may have been set back
-    counters[kind, tier, BUCKETS[bisect_left(_BOUNDS_MS, milliseconds)]] += blocks
-    counters[kind, tier, SUM] += milliseconds * blocks
-
-
-def note_ages(counters: Counter[tuple[str, ...]], kind: str, tier: str, milliseconds: NDArray[np.int64]) -> None:
-    """Count blocks by their ages (int64[n])."""
+def note_ages(
+    counters: Counter[tuple[str, ...]],
+    kind: str,
+    tier: str,
+    milliseconds: NDArray[np.int64],
+    blocks: NDArray[np.int64] | None = None,
+) -> None:
+    """Count blocks by their ages (int64[n]), one each, or so many (int64[n])."""
     if not len(milliseconds):
         return
-    milliseconds = np.maximum(milliseconds, 0)
-    found = np.bincount(np.searchsorted(_BOUNDS, milliseconds), minlength=len(BUCKETS)).tolist()
-    for bucket, blocks in zip(BUCKETS, found, strict=True):
-        if blocks:
-            counters[kind, tier, bucket] += blocks
-    counters[kind, tier, SUM] += int(milliseconds.sum())
+    milliseconds = np.maximum(milliseconds, 0)  # the wall clock may have been set back
+    found = np.bincount(np.searchsorted(_BOUNDS, milliseconds), blocks, len(BUCKETS)).tolist()
+    for bucket, number in zip(BUCKETS, found, strict=True):
+        if number:
+            counters[kind, tier, bucket] += int(number)
+    counters[kind, tier, SUM] += int(milliseconds.sum() if blocks is None else milliseconds @ blocks)

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.core.ages import IDLE, LIVED, note_age, note_ages
+from tierd.core.ages import IDLE, LIVED, note_ages
 from tierd.core.index import Index, Node
 from tierd.core.ladder import Ladder
 from tierd.core.plan import Slots, any_of, any_true
@@ -68,6 +68,7 @@ class Room:
         gone: list[Slots] = []
         emptied: list[Node] = []
         trimmed: list[Node] = []
+        used: list[tuple[int, int]] = []
         taken = clean = 0
         for node in order.coldest(new):
             row = node.slots[tier]
@@ -75,7 +76,7 @@ class Room:
             if not len(offsets):
                 continue
             gone.append(row.take(offsets))
-            note_age(self._counters, IDLE, self._ladder.names[tier], self._index.latest - node.last_use, len(offsets))
+            used.append((node.last_use, len(offsets)))
             row[offsets] = -1
             kept = int(np.count_nonzero(self._elsewhere(node, tier).take(offsets)))
             if kept < len(offsets):
@@ -92,6 +93,8 @@ class Room:
         if gone:
             self._retire(tier, np.concatenate(gone))
             self._count(tier, taken, clean)
+            last_use, blocks = np.array(used, np.int64).T
+            note_ages(self._counters, IDLE, self._ladder.names[tier], self._index.latest - last_use, blocks)
 
     def _victims(self, node: Node, tier: int, is_ancestor: bool) -> NDArray[np.intp]:
         """Offsets of the node's blocks that may go, head first."""
