@@ -152,8 +152,8 @@ class QuietHandler(WSGIRequestHandler):
 
 
 class BoundedServer(ThreadingMixIn, WSGIServer):
-    """A thread for each connection, with a limit on their number and a deadline on each. `made` is a Unix socket that listens
-    already, in place of an address.
+    """A thread for each connection, with a limit on their number and a deadline on each. `made` is a socket that listens
+    already: a Unix socket, or the service manager's.
     """
 
     daemon_threads = True
