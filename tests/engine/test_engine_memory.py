@@ -149,8 +149,9 @@ def test_a_hit_runs_in_the_step_that_it_arrived_before(slow: tuple[Engine, SlowC
     """While another decodes, blocks that take a moment make a step a moment longer, and not the request a step later."""
     engine, client = slow
     client.go.set()
-    engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
-    engine.step()
+    [other] = engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
+    while not other.new_tokens:
+        engine.step()
     [sequence] = engine.add(prompt(160), Sampling(max_tokens=NEW))
     engine.pause_seconds = 30.0
     engine.step()
@@ -163,7 +164,8 @@ def test_a_slow_load_is_waited_for_once(slow: tuple[Engine, SlowClient], twins: 
     """The first step after a request has come waits a little for its blocks; the next do not, though it has none yet."""
     engine, _ = slow
     [other] = engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
-    engine.step()
+    while not other.new_tokens:
+        engine.step()
     [sequence] = engine.add(prompt(160), Sampling(max_tokens=NEW))
     wait, waits = engine.memory.wait, []
     engine.memory.wait = lambda seconds: [waits.append(seconds), wait(seconds)]
