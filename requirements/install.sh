@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Puts the pinned, tested versions and tierd itself (editable) into the virtual environment of the checkout.
 #
-#   requirements/install.sh VENV
+#   requirements/install.sh VENV [LIST...]
+#
+# LIST is a file here without its .txt; the default is what `make test` needs.
 #
 # Everything is installed with --no-deps from complete lists, so nothing comes along that is not named there: without an
 # NVIDIA GPU no CUDA package is downloaded. With one, torch brings its CUDA libraries and triton, and the lists come after
@@ -9,6 +11,8 @@
 set -euo pipefail
 
 venv=$1
+lists=("${@:2}")
+[ ${#lists[@]} -gt 0 ] || lists=(torch runtime engine dev)
 here=$(cd "$(dirname "$0")" && pwd)
 torch=2.13.0
 cpu_index=https://download.pytorch.org/whl/cpu
@@ -41,6 +45,6 @@ check_torch() {
 check_python
 echo "installing pinned packages into $venv (about 2 GB; a minute or more)" >&2
 install_torch
-pip install --no-deps -r "$here/torch.txt" -r "$here/runtime.txt" -r "$here/engine.txt" -r "$here/dev.txt"
+pip install --no-deps $(printf -- "-r $here/%s.txt " "${lists[@]}")
 check_torch
 pip install --no-deps --no-build-isolation --editable "$here/.."

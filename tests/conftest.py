@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.cuda.build import build
+
 HAS_GPU = os.path.exists("/dev/nvidiactl")
 if not HAS_GPU:
     # Before anything imports triton: without a GPU, kernels are defined for Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+
+OTHERS = ("TIERD_", "XDG_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "RUNTIME_DIRECTORY", "STATE_DIRECTORY")
+"""Variables of the user's, or of the unit that the tests run in."""
 
 settings.register_profile("tierd", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("tierd")
@@ -23,8 +28,14 @@ settings.load_profile("tierd")
 @pytest.fixture(autouse=True, scope="session")
 def own_environment() -> None:
     """Tests, and the processes that they start, see no configuration of the user's."""
-    for name in [name for name in os.environ if name.startswith(("TIERD_", "XDG_", "NOTIFY_SOCKET", "LISTEN_"))]:
+    for name in [name for name in os.environ if name.startswith(OTHERS)]:
         del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that emulates a GPU and its driver; see tests/cuda."""
+    return build(tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.fixture

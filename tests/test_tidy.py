@@ -13,11 +13,11 @@ import pytest
 from tierd import __version__
 
 ROOT = Path(__file__).parents[1]
-CODE = ("tierd", "kernels", "engine", "benchmarks", "tests")
+CODE = ("tierd", "kernels", "engine", "benchmarks", "dashboards", "tests")
 MODULES = sorted(file for folder in CODE for file in (ROOT / folder).rglob("*.py"))
 TEXTS = [
     file
-    for folder in (*CODE, "docs", "requirements", "systemd", "dashboards")
+    for folder in (*CODE, "docs", "requirements", "systemd")
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in {".py", ".md", ".toml", ".txt", ".sh", ".c", ".json", ".yml", ".service", ".socket"}
 ] + [file for file in ROOT.iterdir() if file.suffix in {".md", ".toml"} or file.name == "Makefile"]

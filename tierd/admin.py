@@ -13,6 +13,7 @@ from tierd.errors import Invalid
 from tierd.keeper import Keeper
 from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, slots_by_state
 from tierd.server import Connection
+from tierd.tiers.io import Io
 from tierd.wire.messages import Request
 
 GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
@@ -28,11 +29,13 @@ class Admin:
         config: Config,
         keeper: Keeper,
         metrics: Metrics,
-        io: tuple[str, str],
+        io: Io,
         metrics_address: str,
         drain: Callable[[], None],
+        reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._config, self._keeper, self._metrics, self._io, self._drain = config, keeper, metrics, io, drain
+        self._config, self._keeper, self._metrics, self._io = config, keeper, metrics, io
+        self._drain, self._reload = drain, reload
         self._metrics_address = metrics_address
         self._started = clock.monotonic_seconds()
 
@@ -43,7 +46,7 @@ class Admin:
         """Nothing was kept."""
 
     def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
-        """Answer status, sync and drain."""
+        """Answer status, sync, drain and reload."""
         match request.verb:
             case "status":
                 return self.status()
@@ -52,6 +55,8 @@ class Admin:
             case "drain":
                 self._drain()
                 return {}
+            case "reload":
+                return self._reload()
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
@@ -79,7 +84,7 @@ class Admin:
             "uptime_seconds": clock.monotonic_seconds() - self._started,
             "socket": str(self._config.server.socket),
             "metrics": self._metrics_address,
-            "io": {"engine": self._io[0], "path": self._io[1]},
+            "io": self._io._asdict(),
             "tiers": tiers,
             "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},
             "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},

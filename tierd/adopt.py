@@ -21,9 +21,8 @@ from tierd.layout import Namespace
 from tierd.log import get_logger
 from tierd.space import BITS, Arena, Attached, Space
 from tierd.tiers.directory import Scan
-from tierd.tiers.host import HostSegment
-from tierd.tiers.segment import Medium
-from tierd.tiers.tier import NvmeTier, Tier
+from tierd.tiers.nvme import FileSegment
+from tierd.tiers.tier import MemoryTier, NvmeTier, Tier
 from tierd.wire.peer import has_ended, pid_of
 
 log = get_logger("adopt")
@@ -72,24 +71,25 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
 
 def _memory_segments(tiers: list[Tier], stored: dict[str, list[int]]) -> Iterator[tuple[int, Any, int | None]]:
     """Tier, segment and ordinal of what was kept under `<tier>.<ordinal>.<id>.d` (directory) and `.s` (slots)."""
-    mapped = {tier.name: at for at, tier in enumerate(tiers) if tier.medium is Medium.MEMORY}
+    mapped = {tier.name: (at, tier) for at, tier in enumerate(tiers) if isinstance(tier, MemoryTier)}
     for name in [name for name in stored if re.fullmatch(r"[a-z]+\.\d+\.[^.]+\.d", name)]:
         kept_as = name.removesuffix(".d")
         descriptors = stored.pop(name) + stored.pop(f"{kept_as}.s", [])
         try:
-            tier, ordinal, _ = kept_as.split(".")
+            name_of_tier, ordinal, _ = kept_as.split(".")
             if len(descriptors) != 2:
                 raise Invalid(f"{len(descriptors)} descriptors are kept for it, not 2")
-            if tier not in mapped:
-                raise Invalid(f"there is no {tier} tier in memory any more")
-            segment = HostSegment.adopt(*descriptors)
+            if name_of_tier not in mapped:
+                raise Invalid(f"there is no {name_of_tier} tier in memory any more")
+            at, tier = mapped[name_of_tier]
+            segment = tier.adopt(*descriptors)
         except Invalid as error:
             log.warning("memory segment given up", segment=name, reason=str(error))
             _give_up_descriptors(name, descriptors)
             systemd.remove(f"{kept_as}.s")
             continue
         segment.kept_as = kept_as
-        yield mapped[tier], segment, int(ordinal)
+        yield at, segment, int(ordinal)
 
 
 def _files(tiers: list[Tier]) -> Iterator[tuple[int, Any, int | None]]:
@@ -111,8 +111,8 @@ def _adopt_space(space: Space, segments_by_tier: list[list[Found]], now: int, re
             elif not arena.tier.budget.reserve(arena.geometry.total_bytes):
                 reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes"
             else:
-                directory = segment.directory if isinstance(segment, HostSegment) else segment
-                scan = segment.scan() if directory is segment else directory.scan()
+                directory = segment if isinstance(segment, FileSegment) else segment.directory
+                scan = directory.scan()
                 directory.reset(scan.spare)
                 scans.append((arena.add(segment, now, ordinal), scan))
                 _count(result, damaged=scan.damaged, stale=scan.stale, unfinished=scan.unfinished)

@@ -10,6 +10,11 @@ def monotonic_seconds() -> float:
     return time.monotonic()
 
 
+def thread_seconds() -> float:
+    """Processor time of the calling thread, in seconds."""
+    return time.thread_time()
+
+
 def unix_milliseconds() -> int:
     """Wall clock in Unix milliseconds, for recency that must survive a restart."""
     return time.time_ns() // 1_000_000

@@ -9,8 +9,9 @@ import os
 import resource
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,9 +46,11 @@ SEGMENT_NAME_BYTES, SESSION_NAME_BYTES = 22, 70
 """The longest names of kept descriptors, each with a separator: a segment has two."""
 
 
-def key(default: Any, parse: Callable[[Any], Any]) -> Any:
-    """One key: its default as one would write it (None: it depends on the user or another key), and its parser."""
-    return field(metadata={"default": default, "parse": parse})
+def key(default: Any, parse: Callable[[Any], Any], live: bool = False) -> Any:
+    """One key: its default as one would write it (None: it depends on the user or another key), its parser, and whether a
+    running daemon can change it.
+    """
+    return field(metadata={"default": default, "parse": parse, "live": live})
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Server:
     socket: Path = key(None, path)
     admin_socket: Path = key(None, path)
     socket_mode: int = key("0660", file_mode)
-    domains: dict[str, str] = key({}, domains)
+    domains: dict[str, str] = key({}, domains, live=True)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Gpu:
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     device: str = key("cpu", device)
     policy: str = key("lru", one_of(*POLICIES))
+
+    @property
+    def host_bytes(self) -> int:
+        """How much of it is this machine's memory: nothing of a GPU's."""
+        return self.bytes if self.device == "cpu" else 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Nvme:
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
     io_engine: str = key("auto", one_of("auto", "kvikio", "posix"))
     io_threads: int = key(8, count(1, 64))
+    require_gds: bool = key(False, boolean)
     write_back: bool = key(True, boolean)
     policy: str = key("lru", one_of(*POLICIES))
     admission: str = key("everything", one_of("everything", "second-sight", "policy"))
@@ -107,17 +116,19 @@ class Policy:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Prometheus and health over HTTP; `listen` is empty when off."""
+    """Prometheus and health over HTTP, on a Unix socket and on loopback; `listen` is empty when the latter is off."""
 
     listen: str = key("127.0.0.1:9475", loopback)
+    socket: Path = key(None, path)
+    per_namespace: bool = key(False, boolean)
 
 
 @dataclass(frozen=True)
 class Log:
     """What is logged, and how it looks."""
 
-    level: str = key("info", one_of("debug", "info", "warning", "error"))
-    format: str = key("text", one_of("text", "json"))
+    level: str = key("info", one_of("debug", "info", "warning", "error"), live=True)
+    format: str = key("text", one_of("text", "json"), live=True)
 
 
 @dataclass(frozen=True)
@@ -125,14 +136,14 @@ class Limits:
     """The most that anybody can make the daemon hold, queue or wait for."""
 
     sessions_max: int = key(256, count(1, 65_536))
-    sessions_per_namespace_max: int = key(64, count(1, 64))
+    sessions_per_namespace_max: int = key(64, count(1, 64), live=True)
     leases_per_session_max: int = key(4096, count(1, 1 << 20))
     blocks_per_request_max: int = key(32_768, count(1, 1 << 20))
     frame_bytes_max: int = key("4MiB", size(64 * KIB, 64 * MIB))
     hello_frame_bytes_max: int = key("64KiB", size(4 * KIB, MIB))
     wait_seconds_max: float = key(10.0, decimal(0.01, 600))
-    drain_seconds_max: float = key(10.0, decimal(0.01, 600))
-    namespaces_max: int = key(256, count(1, 65_536))
+    drain_seconds_max: float = key(10.0, decimal(0.01, 600), live=True)
+    namespaces_max: int = key(256, count(1, 65_536), live=True)
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,19 @@ class Config:
             made[section][name] = values[dotted]
         return cls(**{name: SECTIONS[name](**keys) for name, keys in made.items()}, file=file)
 
+    def reloaded(self, fresh: Config) -> tuple[Config, list[str], list[str]]:
+        """This configuration with what a running daemon can take over from another one, the names of keys that have changed by
+        that, and the names of those that differ still: they need a restart.
+        """
+        ours, theirs = self.describe(), fresh.describe()
+        differ = [dotted for dotted in KEYS if ours[dotted] != theirs[dotted]]
+        changed = [dotted for dotted in differ if KEYS[dotted]["live"]]
+        taken: dict[str, dict[str, Any]] = {}
+        for section, name in (SPLIT[dotted] for dotted in changed):
+            taken.setdefault(section, {})[name] = getattr(getattr(fresh, section), name)
+        sections = {section: replace(getattr(self, section), **values) for section, values in taken.items()}
+        return replace(self, **sections), changed, [dotted for dotted in differ if dotted not in changed]
+
     def describe(self) -> dict[str, Any]:
         """Every key as `section.key` with its value as one would write it, for logs and for `tierd status`."""
         plain = {dotted: getattr(getattr(self, section), name) for dotted, (section, name) in SPLIT.items()}
@@ -188,9 +212,9 @@ class Config:
         cannot hold the memory tiers or give as many descriptors as may be needed.
         """
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.cpu.bytes + self.gpu.bytes > memory_bytes:
+        if self.cpu.bytes + self.gpu.host_bytes > memory_bytes:
             have, want = size_text(memory_bytes // MIB * MIB), size_text(self.cpu.bytes)
-            beside = f" and gpu.bytes = {size_text(self.gpu.bytes)}" if self.gpu.bytes else ""
+            beside = f" and gpu.bytes = {size_text(self.gpu.host_bytes)}" if self.gpu.host_bytes else ""
             raise Invalid(f"cpu.bytes = {want}{beside} is over this machine's memory of {have}: set it lower")
         self._check_descriptors()
         # Other users must be able to reach root's sockets, whose own mode says who may connect.
@@ -199,9 +223,18 @@ class Config:
         if self.nvme.bytes:
             make_directory("nvme.path", self.nvme.path, 0o700)
 
+    @property
+    def memory_segments(self) -> int:
+        """How many memory segments there can be."""
+        return sum(tier.bytes // tier.segment_bytes for tier in (self.gpu, self.cpu))
+
+    @property
+    def descriptors_kept(self) -> int:
+        """How many descriptors a service manager may have to keep: two of each memory segment, one of each session."""
+        return 2 * self.memory_segments + self.limits.sessions_max
+
     def _check_descriptors(self) -> None:
-        sessions = self.limits.sessions_max
-        segments = sum(tier.bytes // tier.segment_bytes for tier in (self.gpu, self.cpu))
+        sessions, segments = self.limits.sessions_max, self.memory_segments
         files = self.nvme.bytes // self.nvme.segment_bytes
         needed = MEMORY_DESCRIPTORS * segments + FILE_DESCRIPTORS * files + SESSION_DESCRIPTORS * sessions + DESCRIPTORS_SPARE
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -214,9 +247,9 @@ class Config:
             )
         if not systemd.can_store():
             return
-        kept, names_bytes = 2 * segments + sessions, 2 * segments * SEGMENT_NAME_BYTES + sessions * SESSION_NAME_BYTES
+        kept, names_bytes = self.descriptors_kept, 2 * segments * SEGMENT_NAME_BYTES + sessions * SESSION_NAME_BYTES
         if kept > (most := systemd.descriptors_max()):
-            managers = "FileDescriptorStoreMax=, tierd hold --descriptors-max"
+            managers = "FileDescriptorStoreMax=, which tierd install-service writes; tierd hold --descriptors-max"
             raise Invalid(
                 f"{what} are {kept} descriptors to keep, the manager keeps {most}: raise that ({managers}), or {remedy}"
             )
@@ -329,10 +362,13 @@ def fill_paths(values: dict[str, Any], environ: Mapping[str, str], uid: int) -> 
     state = values["server.state_dir"] = values["server.state_dir"] or default_state_dir(environ, uid)
     values["server.socket"] = values["server.socket"] or runtime / "tierd.sock"
     values["server.admin_socket"] = values["server.admin_socket"] or runtime / "admin.sock"
+    values["metrics.socket"] = values["metrics.socket"] or runtime / "metrics.sock"
     values["nvme.path"] = values["nvme.path"] or state / "nvme"
 
 
 def default_runtime_dir(environ: Mapping[str, str], uid: int) -> Path:
+    if os.path.isabs(environ.get("RUNTIME_DIRECTORY", "")):  # of a unit that has RuntimeDirectory=
+        return Path(environ["RUNTIME_DIRECTORY"])
     if uid == 0:
         return Path("/run/tierd")
     if os.path.isabs(environ.get("XDG_RUNTIME_DIR", "")):
@@ -345,6 +381,8 @@ def default_runtime_dir(environ: Mapping[str, str], uid: int) -> Path:
 
 
 def default_state_dir(environ: Mapping[str, str], uid: int) -> Path:
+    if os.path.isabs(environ.get("STATE_DIRECTORY", "")):
+        return Path(environ["STATE_DIRECTORY"])
     if uid == 0:
         return Path("/var/lib/tierd")
     if os.path.isabs(environ.get("XDG_STATE_HOME", "")):
@@ -362,6 +400,9 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
         if values[small] * factor > values[large]:
             raise Invalid(f"{named(small)}{note} is over {named(large)}: lower the first or raise the second")
 
+    if values["nvme.require_gds"] and (values["gpu.device"] == "cpu" or not values["gpu.bytes"] or not values["nvme.bytes"]):
+        remedy = "set gpu.device = 'cuda:0', gpu.bytes and nvme.bytes, or require nothing"
+        raise Invalid(f"{named('nvme.require_gds')} needs a gpu tier on a GPU and an nvme tier: {remedy}")
     refuse_over("cpu.segment_bytes", "cpu.bytes")
     for tier in ("gpu", "nvme"):
         if values[f"{tier}.bytes"]:
@@ -369,15 +410,17 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
     refuse_over("limits.hello_frame_bytes_max", "limits.frame_bytes_max")
     # A request carries 32 bytes of hash a block; one more for each leaves ample room for the rest of its frame.
     refuse_over("limits.blocks_per_request_max", "limits.frame_bytes_max", 33, " times 33 bytes")
-    for dotted in ("server.socket", "server.admin_socket"):
+    sockets = ("server.socket", "server.admin_socket", "metrics.socket")
+    for dotted in sockets:
         if (length := len(os.fsencode(values[dotted]))) > SOCKET_PATH_BYTES_MAX:
             remedy = f"a socket's path has at most {SOCKET_PATH_BYTES_MAX}: set a shorter server.runtime_dir"
             raise Invalid(f"{named(dotted)} has {length} bytes, {remedy}")
     if values["nvme.admission"] == "policy" and values["nvme.policy"] != "chd":
         remedy = "only chd knows what to turn away: set nvme.policy = chd, or another admission"
         raise Invalid(f"{named('nvme.admission')} with {named('nvme.policy')}: {remedy}")
-    if values["server.socket"] == values["server.admin_socket"]:
-        raise Invalid(f"{named('server.socket')} is also {named('server.admin_socket')}: give them different names")
+    for one, other in combinations(sockets, 2):
+        if values[one] == values[other]:
+            raise Invalid(f"{named(one)} is also {named(other)}: give them different names")
 
 
 def as_written(dotted: str, value: Any) -> Any:

@@ -10,38 +10,53 @@ import asyncio
 import gc
 import os
 import signal
+import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 
 import uvloop
 
-from tierd import __version__, clock, history, log, systemd
+from tierd import __version__, clock, history, lag, log, systemd, watchdog
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
+from tierd.cuda import Device, device_number
 from tierd.endurance import Endurance
 from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
 from tierd.keeper import Keeper
+from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
+from tierd.reload import Reloader
 from tierd.server import Server
 from tierd.service import Service
 from tierd.space import Space
 from tierd.tiers import io
-from tierd.tiers.io.probe import probe
+from tierd.tiers.gds import Measured, measure
+from tierd.tiers.io import cufile
+from tierd.tiers.io.probe import Choice, probe
+from tierd.tiers.paths import Paths, Speeds
 from tierd.tiers.state import StateDirectory
-from tierd.tiers.tier import MemoryTier, NvmeTier, Tier
+from tierd.tiers.tier import DeviceTier, MemoryTier, NvmeTier, Tier
+from tierd.values import MIB, size_text
 
 logger = log.get_logger("daemon")
+CLOSE_SECONDS_MAX = 60.0
+"""What closing may take after the drain: transfers under way are waited for."""
 
 
-def run(config: Config) -> int:
-    """Serve until a signal ends it; returns the process's exit code. Raises Invalid and Busy when it cannot start."""
+def run(load: Callable[[], Config]) -> int:
+    """Serve until a signal ends it; returns the process's exit code. Raises Invalid and Busy when it cannot start.
+
+    `load` reads the configuration, now and at every reload.
+    """
+    config = load()
     log.configure(config.log.level, config.log.format)
     config.prepare()
     yield_to_clients()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(config))
+        return runner.run(serve(config, load))
 
 
 def yield_to_clients() -> None:
@@ -50,7 +65,7 @@ def yield_to_clients() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-async def serve(config: Config) -> int:
+async def serve(config: Config, load: Callable[[], Config]) -> int:
     """The daemon's life on a running loop."""
     started = clock.monotonic_seconds()
     serving, stop = asyncio.Event(), asyncio.Event()
@@ -58,7 +73,7 @@ async def serve(config: Config) -> int:
         state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
         stack.callback(state.close)
         previous = await history.begin(config.server.state_dir, clock.unix_milliseconds())
-        tiers, path = open_tiers(config, state)
+        tiers, way = open_tiers(config, state)
         now = clock.unix_milliseconds()
         endurance = Endurance(config.server.state_dir, config.nvme.write_bytes_per_day, now)
         keeper = Keeper(tiers, config.nvme.io_threads, endurance)
@@ -72,47 +87,71 @@ async def serve(config: Config) -> int:
                 keeper.spaces[namespace.id] = space
             return keeper.spaces[namespace.id]
 
-        adopted = adopt(tiers, systemd.inherited(), space_of, clock.unix_milliseconds())
-        metrics = Metrics(keeper, path, {"kept": adopted.kept, **adopted.lost})
-        service = Service(config, keeper, metrics, space_of)
+        inherited = systemd.inherited()
+        data_socket, metrics_socket = (listening(inherited, name) for name in (systemd.DATA_SOCKET, systemd.METRICS_SOCKET))
+        adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
+        began = clock.unix_milliseconds() / 1000
+        metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
+        kept = Kept()
+        stack.callback(kept.close)
+        service = Service(config, keeper, metrics, kept, space_of)
+
+        def configure(config: Config) -> None:
+            service.config = config
+            log.configure(config.log.level, config.log.format)
+
+        reloader = Reloader(config, load, configure)
 
         def health() -> tuple[bool, str]:
             if stop.is_set() or not serving.is_set():
                 return False, "draining" if stop.is_set() else "starting"
-            return True, f"ready\nio {path[0]} {path[1]}"
+            return True, f"ready\nio {way.engine} {way.path}\ngpu {way.gpu}"
 
-        exporter = open_exporter(Exporter(metrics.registry, health, config.metrics.listen))
+        loopback = Exporter(metrics.registry, health, config.metrics.listen, made=metrics_socket, scraped=metrics.scraped)
+        exporter = open_exporter(loopback)
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, path, exporter.address, stop.set)
+        admin = Admin(config, keeper, metrics, way, exporter.address, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
         server = config.server
-        data = Server(server.socket, server.socket_mode, service, config.limits, admin=False)
+        data = Server(server.socket, server.socket_mode, service, config.limits, admin=False, inherited=data_socket)
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
-        for listener in (control, data):
-            await listener.start()
-            stack.push_async_callback(listener.close)
+        mode = server.socket_mode
+        local = Exporter(metrics.registry, health, config.metrics.socket, socket_mode=mode, scraped=metrics.scraped)
+        await control.start()
+        stack.push_async_callback(control.close)
+        local.start()
+        stack.callback(local.close)
+        await data.start()  # last, so that who can connect finds all the rest
+        stack.push_async_callback(data.close)
         background = asyncio.create_task(keeper.run())
-        stack.callback(background.cancel)
+        feeding = asyncio.create_task(watchdog.feed(keeper.mover))
+        watching = asyncio.create_task(lag.watch(metrics.lag))
+        for task in (background, feeding, watching):
+            stack.callback(task.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, stop)
+        reloading: set[asyncio.Task[None]] = set()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup, reloader, reloading)
         serving.set()
-        systemd.ready()
+        await asyncio.to_thread(systemd.ready)
         seconds = clock.monotonic_seconds() - started
         logger.info(
-            "ready", version=__version__, socket=server.socket, io=path[0], path=path[1], previous=previous, seconds=seconds
+            "ready", version=__version__, socket=server.socket, io=way.engine, path=way.path, previous=previous, seconds=seconds
         )
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, background}, return_when=asyncio.FIRST_COMPLETED)
         if background.done():
             stopped.cancel()
             background.result()  # a bug: crash, and let the next life recover
-        systemd.stopping()
+        seconds = reloader.config.limits.drain_seconds_max
+        await asyncio.to_thread(systemd.stopping, seconds + CLOSE_SECONDS_MAX)
         logger.info("draining", unwritten=keeper.unwritten())
         service.drain()
-        deadline = clock.monotonic_seconds() + config.limits.drain_seconds_max
+        data.leave_queue()
+        deadline = clock.monotonic_seconds() + seconds
         with suppress(Busy):
             while keeper.unwritten():  # what was begun before may be committed meanwhile
                 await keeper.sync(deadline)
@@ -128,28 +167,75 @@ def on_signal(stop: asyncio.Event) -> None:
     stop.set()
 
 
+def on_hangup(reloader: Reloader, running: set[asyncio.Task[None]]) -> None:
+    """Reload in a task of its own, which `running` keeps."""
+    task = asyncio.create_task(reloader.on_signal())
+    running.add(task)
+    task.add_done_callback(running.discard)
+
+
+def listening(inherited: dict[str, list[int]], name: str) -> socket.socket | None:
+    """The listening socket of that name among inherited descriptors, taken from them; None when there is none."""
+    first, *others = inherited.pop(name, [-1])
+    if others:
+        raise Invalid(f"{1 + len(others)} sockets are passed as {name!r}, there can be one: one ListenStream= in its unit")
+    return socket.socket(fileno=first) if first >= 0 else None
+
+
 def open_exporter(exporter: Exporter) -> Exporter:
     """Start to serve metrics, if they are wanted; a taken address that nobody chose is no reason not to serve blocks."""
     try:
-        if exporter.listen:
+        if exporter.listen or exporter.made:
             exporter.start()
     except Invalid as error:
-        if exporter.listen != KEYS["metrics.listen"]["default"]:
+        if exporter.made or exporter.listen != KEYS["metrics.listen"]["default"]:
             raise
         logger.warning("no metrics and no health checks", reason=str(error))
     return exporter
 
 
-def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], tuple[str, str]]:
-    """The configured tiers, and which io engine and path NVMe is reached by."""
+def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], io.Io]:
+    """The configured tiers, and how NVMe is reached."""
     gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
+    device = open_device(config)
     tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages)]
-    if gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
-        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes, "off"))
+    if device:
+        tiers.insert(0, DeviceTier("gpu", gpu.bytes, gpu.segment_bytes, device))
+    elif gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
+        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes))
     if not nvme.bytes:
-        return tiers, ("none", "none")
+        return tiers, io.Io("none", "none")
     choice = probe(state.nvme_path, nvme.io_engine, nvme.probe_seconds_max, nvme.io_threads)
     path = "direct" if choice.direct else "buffered"
     logger.info("io engine", engine=choice.engine, path=path, reason=choice.reason)
-    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, io.make(choice.engine, nvme.io_threads)))
-    return tiers, (choice.engine, path)
+    engine = io.make(choice.engine, nvme.io_threads)
+    paths = Paths(choice.engine, device, speeds_of_gds(config, state, choice) if device else None)
+    tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, engine, paths))
+    return tiers, io.Io(choice.engine, path, paths.gpu)
+
+
+def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Speeds | None:
+    """How fast GPUDirect Storage is, and None where it does not work; raises Invalid if it is required then."""
+    nvme = config.nvme
+    found = Measured(None, (f"the io engine is {choice.engine} ({choice.reason}), it needs kvikio",))
+    if choice.engine == "kvikio":
+        found = measure(state.nvme_path, config.gpu.device, nvme.io_threads, nvme.probe_seconds_max)
+    if found.speeds is None and nvme.require_gds:
+        raise Invalid(f"nvme.require_gds = true, but GPUDirect Storage does not work at {state.nvme_path}: {found}")
+    if found.speeds:
+        cufile.start()
+    logger.info("gpudirect storage", works=found.speeds is not None, found=str(found))
+    return found.speeds
+
+
+def open_device(config: Config) -> Device | None:
+    """The GPU of the gpu tier, if it has one: only then a driver is loaded. Raises Invalid where it cannot serve."""
+    gpu, number = config.gpu, device_number(config.gpu.device)
+    if not gpu.bytes or number is None:
+        return None
+    device = Device(number)
+    if gpu.bytes > device.total_bytes:
+        have, want = size_text(device.total_bytes // MIB * MIB), size_text(gpu.bytes)
+        raise Invalid(f"gpu.bytes = {want} is over the memory of {gpu.device} ({device.name}), {have}: set it lower")
+    logger.info("gpu", device=gpu.device, name=device.name, granularity=device.granularity)
+    return device

@@ -217,6 +217,10 @@ class Keeper:
             elif arena.segments:
                 self._rebalance(space, tier)
 
+    def is_refused(self, tier: int) -> bool:
+        """Whether the tier's medium refused the last segment that it was asked for."""
+        return self._paused_until[tier] > 0
+
     def _is_paused(self, tier: int) -> bool:
         return clock.monotonic_seconds() < self._paused_until[tier]
 
@@ -339,6 +343,19 @@ class Keeper:
             if not space.sessions and not any(arena.segments or arena.growing for arena in space.arenas):
                 self.forgotten.update(space.cache.counters)
                 del self.spaces[space.namespace.id]
+
+    def give_up_one(self) -> bool:
+        """Begin to give up all of the namespace that has been without sessions longest, so that it can be forgotten; False
+        when every one has sessions.
+        """
+        idle = [space for space in self.spaces.values() if not space.sessions]
+        if not idle:
+            return False
+        space = min(idle, key=lambda one: one.left_at)
+        for tier, arena in enumerate(space.arenas):
+            for ordinal in arena.segments.keys() - arena.pool.closing:
+                self._background(self._kill(space, ordinal, tier))
+        return True
 
     def nvme_failures(self) -> Counter[str]:
         """Failed accesses to segment files by reason, those of files that are gone included."""

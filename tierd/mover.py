@@ -2,9 +2,9 @@
 
 A transfer that somebody waits for is cut into parts, one list of blocks per thread, so that every thread keeps the
 medium busy with one list and nobody pays for a future per block; a write-back is one part, since others go on beside
-it. Who copies: between memory and file the medium's DMA engine, straight from or to the slots of the memory segment
-(the daemon only digests what passes); between two tiers in memory the io threads, by `np.copyto`, which releases the
-GIL. A transfer that was submitted always ends in `Space.finish`, whatever happens to those who wait for it.
+it. Who copies: between memory and file whoever `Paths` chooses; between two tiers in host memory the io threads, by
+`np.copyto`; between host memory and a GPU its copy engines. All of them release the GIL.
+A transfer that was submitted always ends in `Space.finish`, whatever happens to those who wait for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from tierd.core.plan import IO_ERROR, MISMATCH, OK, REASONS, WRITE_BACK, Transfe
 from tierd.log import get_logger
 from tierd.space import Arena, Space
 from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK
+from tierd.tiers.paths import download, upload
 from tierd.tiers.segment import Medium
+from tierd.tiers.tier import NvmeTier
 
 log = get_logger("mover")
 Slots = NDArray[np.int32]
@@ -43,9 +45,11 @@ class Mover:
         """Transfers by reason."""
         self.moved: Counter[tuple[str, str, str]] = Counter()
         """Bytes by (reason, source, target)."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        """Busy thread seconds by reason."""
+        self.seconds: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+        """Busy thread seconds, likewise."""
         self._finished = finished
+        self._progress = clock.monotonic_seconds()
+        """When a part last ended, or could first be expected to."""
         self._pool = ThreadPoolExecutor(threads, "tierd-io")
         self._free = threads
         self._queue: list[tuple[int, int, _Job, NDArray[np.intp]]] = []
@@ -59,8 +63,14 @@ class Mover:
         """Parts that wait for a thread."""
         return len(self._queue)
 
+    def stuck_seconds(self) -> float:
+        """How long no part of a transfer has ended although there are transfers; 0 when there are none."""
+        return clock.monotonic_seconds() - self._progress if any(self.in_flight.values()) else 0.0
+
     def submit(self, space: Space, transfer: Transfer) -> None:
         """Start a transfer; on the loop only."""
+        if not any(self.in_flight.values()):
+            self._progress = clock.monotonic_seconds()
         self.in_flight[transfer.reason] += 1
         job = _Job(space, transfer)
         cuts = 1 if transfer.reason == WRITE_BACK else min(self.threads, len(transfer))
@@ -106,6 +116,9 @@ class Mover:
             started = clock.monotonic_seconds()
             try:
                 outcome = job.run(part)
+            except OSError as error:  # a GPU that does not copy: its blocks are misses
+                log.error("transfer failed", transfer=job.transfer.id, reason=job.transfer.reason, error=str(error))
+                outcome = np.full(len(part), IO_ERROR, np.uint8)
             except Exception:
                 log.exception("transfer failed", transfer=job.transfer.id, reason=job.transfer.reason)
                 outcome = np.full(len(part), IO_ERROR, np.uint8)
@@ -117,11 +130,12 @@ class Mover:
 
     def _end(self, job: _Job, part: NDArray[np.intp], outcome: NDArray[np.uint8], seconds: float) -> None:
         transfer = job.transfer
-        self.seconds[transfer.reason] += seconds
+        self._progress = clock.monotonic_seconds()
+        way = transfer.reason, transfer.source, transfer.target
+        self.seconds[way] += seconds
         job.outcome[part] = outcome
         job.parts -= 1
-        moved = int((outcome == OK).sum()) * job.space.namespace.layout.block_bytes
-        self.moved[transfer.reason, transfer.source, transfer.target] += moved
+        self.moved[way] += int((outcome == OK).sum()) * job.space.namespace.layout.block_bytes
         if not job.parts:
             self.in_flight[transfer.reason] -= 1
             job.space.finish(transfer, job.outcome, clock.unix_milliseconds())
@@ -145,37 +159,45 @@ class _Job:
         source, target = self.space.arena(transfer.source), self.space.arena(transfer.target)
         sources, targets = transfer.source_slots[part], transfer.target_slots[part]
         match source.tier.medium, target.tier.medium:
-            case Medium.MEMORY, Medium.FILE:
+            case _, Medium.FILE:
                 hashes, parents = _pick(transfer.hashes, part), _pick(transfer.parents, part)
                 return _write(target, targets, source.payloads(sources), hashes, parents)
-            case Medium.FILE, Medium.MEMORY:
+            case Medium.FILE, _:
                 return _read(source, sources, target.payloads(targets))
+            case Medium.DEVICE, Medium.MEMORY:
+                download(target.payloads(targets), source.payloads(sources))
+            case Medium.MEMORY, Medium.DEVICE:
+                upload(target.payloads(targets), source.payloads(sources))
             case _:
-                return _copy(source.payloads(sources), target.payloads(targets))
+                _copy(source.payloads(sources), target.payloads(targets))
+        return np.full(len(part), OK, np.uint8)
 
 
 def _write(arena: Arena, slots: Slots, payloads: list[Payload], hashes: bytes, parents: bytes) -> NDArray[np.uint8]:
+    assert isinstance(arena.tier, NvmeTier), f"{arena.tier} has no files"
     outcome = np.full(len(slots), IO_ERROR, np.uint8)
     for ordinal, local, where in arena.pool.by_segment(slots):
         chosen = np.arange(len(slots))[where]
         memory = [payloads[at] for at in chosen.tolist()]
-        written = arena.segments[ordinal].write(local, memory, _pick(hashes, chosen), _pick(parents, chosen))
+        names = _pick(hashes, chosen), _pick(parents, chosen)
+        written = arena.tier.paths.write(arena.segments[ordinal], local, memory, *names)
         outcome[chosen] = np.where(written, OK, IO_ERROR)
     return outcome
 
 
 def _read(arena: Arena, slots: Slots, payloads: list[Payload]) -> NDArray[np.uint8]:
+    assert isinstance(arena.tier, NvmeTier), f"{arena.tier} has no files"
     outcome = np.full(len(slots), IO_ERROR, np.uint8)
     for ordinal, local, where in arena.pool.by_segment(slots):
         chosen = np.arange(len(slots))[where]
-        outcome[chosen] = OUTCOME[arena.segments[ordinal].read(local, [payloads[at] for at in chosen.tolist()])]
+        memory = [payloads[at] for at in chosen.tolist()]
+        outcome[chosen] = OUTCOME[arena.tier.paths.read(arena.segments[ordinal], local, memory)]
     return outcome
 
 
-def _copy(sources: list[Payload], targets: list[Payload]) -> NDArray[np.uint8]:
+def _copy(sources: list[Payload], targets: list[Payload]) -> None:
     for source, target in zip(sources, targets, strict=True):
         np.copyto(target, source)
-    return np.full(len(sources), OK, np.uint8)
 
 
 def _pick(hashes: bytes, positions: NDArray[np.intp]) -> bytes:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import array
 import asyncio
-import errno
 import os
 import socket
-import stat
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
@@ -21,13 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tierd.errors import Busy, Closed, Invalid, TierdError
+from tierd.listening import BACKLOG, listen, taken_over
 from tierd.log import get_logger
 from tierd.wire.framing import FrameReader, after, decode, frame
 from tierd.wire.messages import ADMIN, DATA, OPENING, Request, check, failure, request_id
 from tierd.wire.peer import Peer, peer_of
 
 SOCKET_BUFFER_BYTES = 1 << 20
-BACKLOG = 128
 ACCEPT_PAUSE_SECONDS = 1.0
 REQUESTS_WAITING_MAX = 256
 """Requests of one connection that wait for something; one more is answered busy."""
@@ -72,9 +70,20 @@ class Handler(Protocol):
 
 
 class Server:
-    """Listens on a Unix socket until `close`; with `admin` for the admin verbs, of root and the daemon's own user."""
+    """Listens on a Unix socket until `close`; with `admin` for the admin verbs, of root and the daemon's own user.
 
-    def __init__(self, path: Path, mode: int, handler: Handler, limits: Limits, admin: bool = False) -> None:
+    `inherited` is a socket that the service manager listens with and that is its own to remove; None: one is made at `path`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mode: int,
+        handler: Handler,
+        limits: Limits,
+        admin: bool = False,
+        inherited: socket.socket | None = None,
+    ) -> None:
         self.path = path
         self.mode = mode
         self.handler = handler
@@ -85,6 +94,7 @@ class Server:
         self.connections: set[Connection] = set()
         self._ids = count(1)
         self._listener: socket.socket | None = None
+        self._inherited = inherited
 
     def __repr__(self) -> str:
         return f"<Server {self.path}: {len(self.connections)} of {self.connections_max} connections>"
@@ -92,10 +102,15 @@ class Server:
     async def start(self) -> None:
         """Listen. Raises Invalid when the path cannot be used or another daemon listens there."""
         self._loop = asyncio.get_running_loop()
-        self._listener = listen(self.path, self.mode)
+        self._listener = taken_over(self._inherited, self.path) if self._inherited else listen(self.path, self.mode)
         self._inode = os.stat(self.path).st_ino
         self._loop.add_reader(self._listener, self._accept)
         log.info("listening", socket=self.path)
+
+    def leave_queue(self) -> None:
+        """Accept nobody any more where the socket outlives us: whoever connects from now on waits for the next life."""
+        if self._listener is not None and self._inherited:
+            self._loop.remove_reader(self._listener)
 
     async def close(self) -> None:
         """Stop listening, end all connections and wait for their requests; removes the socket if it is still ours."""
@@ -103,7 +118,7 @@ class Server:
             return
         self._loop.remove_reader(self._listener)
         with suppress(FileNotFoundError):
-            if os.stat(self.path).st_ino == self._inode:
+            if not self._inherited and os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
         self._listener.close()
         self._listener = None
@@ -436,35 +451,3 @@ def send_now(connected: socket.socket, parts: list[memoryview], descriptors: Seq
         return connected.sendmsg(parts)
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
     return connected.sendmsg(parts, [rights])
-
-
-def listen(path: Path, mode: int) -> socket.socket:
-    """A listening Unix socket at `path`. Replaces a dead one; raises Invalid over a live one or anything else."""
-    try:
-        remove_stale(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            listener.bind(str(path))
-            os.chmod(path, mode)  # before listen: until then nobody can connect
-            listener.listen(BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise Invalid(f"socket {path} cannot be used: {error.strerror or error}; set another server.socket") from error
-    return listener
-
-
-def remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Invalid(f"{path} exists and is no socket: remove it, or set another server.socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        answer = probe.connect_ex(str(path))
-    if answer not in (errno.ECONNREFUSED, errno.ENOENT):
-        raise Invalid(f"another daemon listens on {path}: stop it, or set another server.socket")
-    with suppress(FileNotFoundError):
-        os.unlink(path)

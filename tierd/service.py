@@ -15,6 +15,7 @@ from tierd import __version__, clock, systemd
 from tierd.config import Config
 from tierd.errors import Busy, Closed, Gone, Invalid, TierdError
 from tierd.keeper import Keeper
+from tierd.kept import Kept
 from tierd.layout import Layout, Namespace
 from tierd.log import get_logger
 from tierd.metrics import Metrics
@@ -30,8 +31,12 @@ log = get_logger("service")
 class Service:
     """Serves the data socket. `space_of` gives a namespace's space, made if need be."""
 
-    def __init__(self, config: Config, keeper: Keeper, metrics: Metrics, space_of: Callable[[Namespace], Space]) -> None:
-        self._config, self._keeper, self._metrics, self._space_of = config, keeper, metrics, space_of
+    def __init__(
+        self, config: Config, keeper: Keeper, metrics: Metrics, kept: Kept, space_of: Callable[[Namespace], Space]
+    ) -> None:
+        self.config = config
+        """Replaced as a whole by a reload."""
+        self._keeper, self._metrics, self._kept, self._space_of = keeper, metrics, kept, space_of
         self._incarnation = os.urandom(16)
         self._draining = False
         self._verbs = Verbs(config.limits, keeper)
@@ -94,27 +99,36 @@ class Service:
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
-    def hello(self, connection: Connection, arguments: Request) -> Reply:
+    def hello(self, connection: Connection, arguments: Request) -> Answer:
         """Open a session in the namespace that the peer may use."""
         namespace = self._namespace(connection, arguments)
         self._check_namespace_limit(namespace)
         space = self._space_of(namespace)
         tier = _tier(space, arguments["tier"] or "cpu")
         self._keeper.supply_ahead(space, tier)
-        peer, most = connection.peer, self._config.limits.sessions_per_namespace_max
+        peer, most = connection.peer, self.config.limits.sessions_per_namespace_max
         pidfd = os.dup(peer.pidfd)
         try:
             session = space.attach(pidfd, peer.pid, arguments["client"], tier, most)
         except Busy:
             os.close(pidfd)
             raise
-        if systemd.can_store() and not systemd.store(session.stored_name, [pidfd]):
-            self._metrics.sessions_not_kept += 1
-            log.warning("the service manager does not keep a session", client=session.name, pid=peer.pid)
         self._metrics.sessions_total += 1
         self.watch(session)
         self._join(session, connection)
         log.info("session", client=session.name, pid=peer.pid, namespace=namespace.id, session=session.id)
+        return self._welcome_kept(session) if systemd.can_store() else self._welcome(session)
+
+    async def _welcome_kept(self, session: Attached) -> Reply:
+        """Welcome a session once the service manager has its process: the next life must know whose the slots are."""
+        try:
+            is_kept = await self._kept.store(session.stored_name, session.pidfd)
+        except asyncio.CancelledError:  # its client was told that it is too late, or has left
+            self.end(session)
+            raise
+        if not is_kept:
+            self._metrics.sessions_not_kept += 1
+            log.warning("the service manager does not keep a session", client=session.name, pid=session.pid)
         return self._welcome(session)
 
     def resume(self, connection: Connection, arguments: Request) -> Reply:
@@ -169,8 +183,7 @@ class Service:
         session.space.detach(session)
         if session.pidfd >= 0:
             os.close(session.pidfd)
-        if systemd.can_store():
-            systemd.remove(session.stored_name)
+        self._kept.remove(session.stored_name)
         for connection in (session.connection, session.events):
             if connection is not None:
                 connection.state = None
@@ -189,11 +202,13 @@ class Service:
                 connection.close("the session's process is gone")
 
     def _check_namespace_limit(self, namespace: Namespace) -> None:
-        spaces, most = self._keeper.spaces, self._config.limits.namespaces_max
+        spaces, most = self._keeper.spaces, self.config.limits.namespaces_max
         if namespace.id not in spaces and len(spaces) >= most:
             self._keeper.forget_empty()
+            if len(spaces) >= most and self._keeper.give_up_one():
+                raise Busy(f"of the maximum of {most} namespaces one that nobody uses is being given up: try again in a moment")
             if len(spaces) >= most:
-                raise Busy(f"the daemon serves its maximum of {most} namespaces: raise limits.namespaces_max")
+                raise Busy(f"the daemon serves its maximum of {most} namespaces, all in use: raise limits.namespaces_max")
 
     def _join(self, session: Attached, connection: Connection) -> None:
         session.connection = connection
@@ -211,14 +226,14 @@ class Service:
         if layout.fingerprint != arguments["fingerprint"]:
             theirs, ours = arguments["fingerprint"].hex(), layout.fingerprint.hex()
             raise Invalid(f"layout fingerprint {theirs} is not that of the layout sent, {ours}: send the layout you use")
-        own = self._config.server.domains.get(str(connection.peer.uid), f"uid:{connection.peer.uid}")
+        own = self.config.server.domains.get(str(connection.peer.uid), f"uid:{connection.peer.uid}")
         domain = arguments["domain"] or own
         if domain != own and connection.peer.uid != 0:
             raise Invalid(f"domain {domain!r} is not open to uid {connection.peer.uid}, whose domain is {own!r}")
         return Namespace(domain, arguments["model"], layout)
 
     def _welcome(self, session: Attached) -> dict[str, Any]:
-        limits, geometry = self._config.limits, session.arena.geometry
+        limits, geometry = self.config.limits, session.arena.geometry
         return {
             "version": PROTOCOL_VERSION,
             "session": session.id,
@@ -228,6 +243,7 @@ class Service:
             "block_bytes": geometry.payload_bytes,
             "slot_bytes": geometry.slot_bytes,
             "slots_per_segment": geometry.slot_count,
+            "device": session.arena.device,
             "limits": {
                 "frame_bytes_max": limits.frame_bytes_max,
                 "blocks_per_request_max": limits.blocks_per_request_max,
@@ -267,7 +283,7 @@ def _held_slots(session: Attached, held: bytes) -> tuple[Slots, NDArray[np.bool_
     return np.array(slots, np.int32), np.array(writing, np.bool_)
 
 
-_OPENING: dict[str, Callable[[Service, Connection, Request], Reply]] = {
+_OPENING: dict[str, Callable[[Service, Connection, Request], Answer]] = {
     "hello": Service.hello,
     "resume": Service.resume,
     "events": Service.events,

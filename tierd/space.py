@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd import systemd
+from tierd import clock, systemd
 from tierd.core.admission import EVERYTHING
 from tierd.core.cache import Cache
 from tierd.core.plan import Transfer
@@ -23,9 +23,8 @@ from tierd.core.pool import Pool
 from tierd.errors import Busy
 from tierd.layout import Namespace
 from tierd.log import get_logger
-from tierd.tiers.host import HostSegment
 from tierd.tiers.nvme import FileSegment
-from tierd.tiers.tier import Tier
+from tierd.tiers.tier import MemorySegment, MemoryTier, Tier
 from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
 
 log = get_logger("space")
@@ -45,12 +44,17 @@ class Arena:
         self.segments: dict[int, Any] = {}
         self.growing: asyncio.Task[bool] | None = None
 
-    def add(self, segment: HostSegment | FileSegment, now: int, ordinal: int | None = None) -> int:
+    def add(self, segment: MemorySegment | FileSegment, now: int, ordinal: int | None = None) -> int:
         """Enter a segment, under a certain ordinal if that is free; returns its ordinal."""
-        directory: Any = segment.directory if isinstance(segment, HostSegment) else segment
+        directory: Any = segment if isinstance(segment, FileSegment) else segment.directory
         ordinal = self.pool.add_segment(directory, now, ordinal)
         self.segments[ordinal] = segment
         return ordinal
+
+    @property
+    def device(self) -> bytes:
+        """The GPU that its segments are on, by its 16 bytes; empty where they are in host memory."""
+        return self.tier.device if isinstance(self.tier, MemoryTier) else b""
 
     def remove(self, ordinal: int) -> Any:
         """Take out a segment that was vacated and is idle."""
@@ -58,7 +62,7 @@ class Arena:
         return self.segments.pop(ordinal)
 
     def payloads(self, slots: Slots) -> list[Any]:
-        """The memory of these slots: one uint8[slot_bytes] view each (memory segments only)."""
+        """The memory of these slots: one uint8[slot_bytes] view each, a DeviceArray on a GPU (memory segments only)."""
         per_segment = self.pool.slots_per_segment
         return [self.segments[slot // per_segment].slots[slot % per_segment] for slot in slots.tolist()]
 
@@ -108,6 +112,7 @@ class Space:
         self.arenas = [Arena(tier, namespace) for tier in tiers]
         pools = {arena.tier.name: arena.pool for arena in self.arenas}
         seed = int.from_bytes(os.urandom(8), "little")
+        tokens = namespace.layout.block_tokens
         blocks = max(1, min(TRANSFER_BLOCKS_MAX, TRANSFER_BYTES // namespace.layout.block_bytes))
         self.cache = Cache(
             pools,
@@ -116,9 +121,12 @@ class Space:
             transfer_blocks=blocks,
             write_back=write_back,
             admission=admission,
+            block_tokens=tokens,
             seed=seed,
         )
         self.sessions: dict[int, Attached] = {}
+        self.left_at = 0.0
+        """When a session of it ended last (monotonic seconds); 0: none has in this life of the daemon."""
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""
         self._done: dict[int, asyncio.Event] = {}
@@ -159,6 +167,7 @@ class Space:
     def detach(self, session: Attached) -> None:
         """The session has ended: free what it held, and its bit."""
         del self.sessions[session.id]
+        self.left_at = clock.monotonic_seconds()
         self.cache.close_session(session.id)
         for segment in session.arena.segments.values():
             segment.directory.unhold_all(session.bit)

@@ -1,4 +1,4 @@
-"""The service manager's side of a daemon's life, by hand: readiness, and descriptors that outlive the process.
+"""The service manager's side of a daemon's life, by hand: readiness, progress, and descriptors that outlive the process.
 
 The same datagrams go to systemd and to `tierd hold`; without a manager (no NOTIFY_SOCKET) everything here does
 nothing. A manager that does not listen cannot stop us: a message that it does not take within a second is given up.
@@ -13,6 +13,7 @@ import socket
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 
+from tierd.clock import monotonic_seconds
 from tierd.errors import Invalid
 
 FIRST_DESCRIPTOR = 3
@@ -20,19 +21,21 @@ DESCRIPTORS_PER_MESSAGE = 253
 """The kernel's limit on descriptors in one datagram (SCM_MAX_FD)."""
 NAMES_BYTES_MAX = (128 << 10) - 64
 """Of the names of all descriptors that are passed to a process, each with a separator: the kernel's limit on one variable of
-the environment (MAX_ARG_STRLEN), less the variable's own name."""
+the environment (MAX_ARG_STRLEN), less the variable's own name and those of the sockets."""
+DATA_SOCKET, METRICS_SOCKET = "data", "metrics"
+"""Under which names listening sockets come (FileDescriptorName= of the socket units)."""
 
 _SEND_SECONDS_MAX = 1.0
 _NAME = re.compile(r"[\x20-\x39\x3b-\x7e]{1,255}")
 
 
-def notify(state: str, descriptors: Sequence[int] = ()) -> bool:
-    """Send one message of `KEY=VALUE` lines; returns whether a manager took it."""
+def notify(state: str, descriptors: Sequence[int] = (), seconds_max: float = _SEND_SECONDS_MAX) -> bool:
+    """Send one message of `KEY=VALUE` lines; returns whether a manager took it. With `seconds_max` 0 it never waits."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.settimeout(_SEND_SECONDS_MAX)
+        channel.settimeout(seconds_max)
         try:
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             socket.send_fds(channel, [state.encode()], list(descriptors))
@@ -46,9 +49,26 @@ def ready() -> bool:
     return notify("READY=1")
 
 
-def stopping() -> bool:
-    """Say that the daemon is on its way out."""
-    return notify("STOPPING=1")
+def stopping(seconds: float) -> bool:
+    """Say that the daemon is on its way out, which may take so many seconds from now."""
+    return notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
+
+def reloading() -> bool:
+    """Say that the configuration is read again, until `ready`; systemd from 253 on asks for the time (CLOCK_MONOTONIC)."""
+    return notify(f"RELOADING=1\nMONOTONIC_USEC={int(monotonic_seconds() * 1e6)}")
+
+
+def watchdog_seconds() -> float:
+    """How often at least the manager wants to hear `alive` from this process; 0 when it does not."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(microseconds) / 1e6 if ours and microseconds.isdigit() else 0.0
+
+
+def alive() -> bool:
+    """Say that the daemon makes progress; never waits."""
+    return notify("WATCHDOG=1", seconds_max=0)
 
 
 def status(text: str) -> bool:

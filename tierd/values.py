@@ -76,9 +76,9 @@ def one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def device(value: Any) -> str:
-    if value != "cpu":
-        raise ValueError('cannot be the gpu tier\'s memory, not yet: device = "cpu" only')
-    return "cpu"
+    if not fullmatch(r"cpu|cuda:(0|[1-9][0-9]{0,2})", str(value)):
+        raise ValueError("must be 'cpu' or a GPU by its number, such as 'cuda:0'")
+    return str(value)
 
 
 def boolean(value: Any) -> bool:

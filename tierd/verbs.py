@@ -14,11 +14,11 @@ from typing import Any
 from tierd import clock
 from tierd.block import HASH_BYTES
 from tierd.config import Limits
-from tierd.core.plan import TURN_ENDS, Hint, Wait
+from tierd.core.plan import Hint, Wait
 from tierd.errors import Busy, Gone, Invalid
 from tierd.keeper import Keeper
 from tierd.space import Attached, Slots, Space, give_segments
-from tierd.wire.messages import Request, pack_slots, unpack_slots
+from tierd.wire.messages import TURN_ENDS, Request, pack_slots, unpack_slots
 
 Reply = dict[str, Any] | None
 Answer = Reply | Awaitable[Reply]
@@ -170,11 +170,16 @@ class Verbs:
         return {"codes": pack_slots(codes)}
 
     def release_pages(self, session: Attached, arguments: Request) -> Reply:
-        """Let go of pages, and note why the turn ended."""
+        """Let go of pages."""
+        session.space.cache.release_pages(session.id, unpack_slots(arguments["slots"]))
+        return {}
+
+    def ended(self, session: Attached, arguments: Request) -> Reply:
+        """Note why a turn ended."""
         hint = Hint(arguments["turn"], arguments["conversation"])
-        if hint.turn is not None and hint.turn not in TURN_ENDS:
-            raise Invalid(f"release_pages: turn {hint.turn!r} is not one of {', '.join(TURN_ENDS)}")
-        session.space.cache.release_pages(session.id, unpack_slots(arguments["slots"]), hint)
+        if hint.turn not in TURN_ENDS:
+            raise Invalid(f"ended: turn {hint.turn!r} is not one of {', '.join(TURN_ENDS)}")
+        session.space.cache.ended(arguments["block"], hint)
         return {}
 
     def prefetch(self, session: Attached, arguments: Request) -> Reply:
@@ -223,6 +228,7 @@ BY_NAME: dict[str, Callable[[Verbs, Attached, Request], Answer]] = {
     "reserve": Verbs.reserve,
     "commit_pages": Verbs.commit_pages,
     "release_pages": Verbs.release_pages,
+    "ended": Verbs.ended,
     "prefetch": Verbs.prefetch,
     "stats": Verbs.stats,
 }

@@ -11,6 +11,7 @@ from functools import partial
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -77,6 +78,7 @@ def all_measurements(machine: Machine) -> Iterator[Result]:
     yield memory
     yield from copies(machine, memory)
     yield from pinned(machine)
+    yield from pinned_path(machine)
     yield from checksums(machine, memory)
     yield from quantisation(machine, memory)
     yield from decode(machine, memory)
@@ -133,6 +135,46 @@ def pinned(machine: Machine) -> Iterator[Result]:
 
             seconds = machine.seconds(partial(copy_each, pairs))
             yield against(once, f"{name}, {block_bytes >> 10} KiB at a time", total, seconds, goal)
+
+
+def pinned_path(machine: Machine) -> Iterator[Result]:
+    """Blocks between registered slots and an engine's pages, as tierd's client moves them, beside one plain copy of the bytes.
+
+    In one run a block (2 MiB, and 64 KiB), and in a tensor a layer and part (32 KiB each), which goes through staging. Seconds
+    are those of the worker that waits, from the call to the end of the last copy. Without a GPU nothing is measured.
+    """
+    if machine.device != "cuda":
+        return
+    from tierd_engine.device import device_pages, views_of
+
+    for name, layers, blocks, goal in (("2 MiB", LAYERS, 128, 0.9), ("64 KiB", 1, 4096, 0.8)):
+        count = machine.count(blocks)
+        whole = torch.zeros(count, layers, 2, HEADS, TOKENS, DIM, dtype=torch.bfloat16, device=machine.device)
+        far = torch.zeros(count, whole[0].numel() * 2, dtype=torch.uint8, pin_memory=True)
+        near, order = torch.zeros_like(far, device=machine.device), np.random.default_rng(1).permutation(count)
+        pools = {"one run": device_pages(views_of(whole))}
+        if layers > 1:
+            pools["a tensor a layer and part"] = device_pages([view.clone() for view in views_of(whole)])
+        total = far.numel()
+        for verb, target, source in (("load", near, far), ("store", far, near)):
+            plain = Result(
+                f"plain {verb} of {name} blocks", total, machine.seconds(partial(target.copy_, source, non_blocking=True))
+            )
+            yield plain
+            for kind, pool in pools.items():
+                pool.pins.cover(far.data_ptr())
+                copies = partial(pool.fill if verb == "load" else pool.drain, order, far.numpy(), order[::-1].copy())
+                copies()
+                yield against(
+                    plain, f"{verb} {name} blocks, {kind}", total, median(waited(copies) for _ in range(REPEATS)), goal
+                )
+
+
+def waited(action: Callable[[], object]) -> float:
+    """Seconds that the calling thread needs."""
+    start = perf_counter()
+    action()
+    return perf_counter() - start
 
 
 def copy_each(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -4,8 +4,8 @@
 #   benchmarks/gpu/run.sh [PYTHON [WHEELS]]
 #
 # With WHEELS, a folder of wheels (torch 2.11 to 2.13 with what it needs, triton 3.6, numpy, xxhash, pytest, pytest-timeout,
-# hypothesis), nothing is downloaded: a virtual environment of its own takes from there what PYTHON does not have. Without,
-# the checkout's own environment is used. Exit status: 0 all well, 1 a test or a measurement failed, 3 no GPU, nothing was run.
+# hypothesis), nothing is downloaded: a virtual environment of its own takes from there what PYTHON does not have; the gpu tier
+# is tested where aiofiles, msgpack, prometheus-client and uvloop are there too. Without, the checkout's own environment is used. Exit status: 0 all well, 1 a test or a measurement failed, 3 no GPU, nothing was run.
 set -euo pipefail
 
 python=${1:-python3}
@@ -24,6 +24,10 @@ if [ -n "$wheels" ]; then
         "$python" -c "import $package" 2>/dev/null ||
             "$python" -m pip install --quiet --no-index --find-links "$wheels" "${package/_/-}"
     done
+    for package in aiofiles msgpack prometheus_client uvloop; do
+        "$python" -c "import $package" 2>/dev/null ||
+            "$python" -m pip install --quiet --no-index --find-links "$wheels" "${package/_/-}" || true  # the report says what lacks
+    done
     # torch asks for the triton that it was built with, the kernels for the one that they were tested with.
     "$python" -c "import triton, sys; sys.exit(not triton.__version__.startswith('3.6.'))" 2>/dev/null ||
         "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" "triton==3.6.*"
@@ -31,4 +35,4 @@ else
     make venv
     python=.venv/bin/python
 fi
-exec env PYTHONPATH=.:kernels timeout 480 "$python" -m benchmarks.gpu
+exec env PYTHONPATH=.:kernels:engine timeout 480 "$python" -m benchmarks.gpu

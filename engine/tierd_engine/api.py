@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierd.errors import Invalid
-from tierd_engine.request import Sampling
+from tierd_engine.request import Sampling, check_conversation
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat answer may fill the context."""
@@ -124,8 +124,9 @@ def asked_of(body: Any, chat: bool, models: set[str]) -> tuple[Asked, int | None
     if most is not None and most < 1:
         raise Invalid(f"max_tokens: {most} must be at least 1")
     content = messages_of(given["messages"]) if chat else given["prompt"]
-    usage = bool(options.get("include_usage"))
-    return Asked(given["model"], content, sampling, given.get("stream", False), usage, given.get("conversation")), most
+    usage, conversation = bool(options.get("include_usage")), given.get("conversation")
+    check_conversation(conversation)
+    return Asked(given["model"], content, sampling, given.get("stream", False), usage, conversation), most
 
 
 def messages_of(messages: list[Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -38,6 +38,18 @@ class Span:
     end: int
 
 
+class Paged(Protocol):
+    """One forward pass: where its tokens are, and how a layer attends. `layers_seen` lists the layers that came by."""
+
+    layout: Layout
+    positions: torch.Tensor
+    layers_seen: list[int]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Group:
     """Sequences that are attended to together: their rows in the step, and where their KV is.
@@ -55,7 +67,7 @@ class Group:
 
 
 class Step:
-    """One forward pass over `spans`, whose rows follow each other: first those of one token, longest sequence first.
+    """A pass in plain torch over `spans`, whose rows follow each other: first those of one token, longest sequence first.
 
     `layers_seen` lists the layers that came by, so that the runner can prove that no layer went another way.
     """
@@ -81,6 +93,19 @@ class Step:
         self.groups = list(self._groups(spans))
         # One buffer for all layers and groups: fresh memory would cost a page fault every 4 KiB, each time.
         self._gathered = self._runs.new_empty((max(len(group.runs) for group in self.groups), self._runs.shape[1]))
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """Write the new tokens' keys and values, and attend; returns `[new, heads, dim]`. Arguments as `paged_attention`'s."""
+        self.write(layer, key, value)
+        rows = query[0].transpose(0, 1)
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for group in self.groups:
+            keys, values = self.read(layer, group)
+            attend = _attend_prompt if group.is_prompt else _attend_decodes
+            out[group.rows] = attend(rows[group.rows], keys, values, group.mask, scaling)
+        return out
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new tokens' keys and values, each `[1, heads, new, dim]`, into their pages."""
@@ -135,7 +160,7 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    step: Step,
+    step: Paged,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -146,14 +171,7 @@ def paged_attention(
     Raises Invalid when the layer asks for something beyond plain causal attention (a window, sinks, soft-capping, ...).
     """
     layer = _plain_layer(module, step, key, value, attention_mask, is_causal, others)
-    step.write(layer, key, value)
-    rows = query[0].transpose(0, 1)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    for group in step.groups:
-        keys, values = step.read(layer, group)
-        attend = _attend_prompt if group.is_prompt else _attend_decodes
-        out[group.rows] = attend(rows[group.rows], keys, values, group.mask, scaling)
-    return out[None], None
+    return step.attend(layer, query, key, value, scaling)[None], None
 
 
 def _attend_prompt(
@@ -179,7 +197,7 @@ def _attend_decodes(
 
 def _plain_layer(
     module: torch.nn.Module,
-    step: Step,
+    step: Paged,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,

@@ -45,7 +45,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-tokens", type=int, default=512, help="prompt tokens of one step (%(default)s)")
     parser.add_argument("--running-max", type=int, default=64, help="sequences of one step (%(default)s)")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to compute (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda or cuda:N (%(default)s)")
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from tierd_engine.memory import NAMED, Commit, Lookup, PrivateMemory, Reservatio
 
 if TYPE_CHECKING:
     from tierd.client import Client
+    from tierd_engine.device import DevicePages
 
 LOAD_THREADS = 4
 """Most of what they do is to wait for the daemon."""
@@ -34,14 +35,20 @@ DRAIN_SECONDS_MAX = 30.0
 class CopyingMemory(PrivateMemory):
     """PrivateMemory whose misses are looked up in tierd and whose new blocks are stored there.
 
-    Owns the client. A block is copied once each way, with the GIL released; every failure of the daemon is a miss.
+    Owns the client. A block is copied once each way, with the GIL released; every failure of the daemon, and of a GPU's
+    copy engines, is a miss.
     """
 
-    def __init__(self, layout: Layout, pages: int, client: Client) -> None:
-        super().__init__(layout, pages)
+    def __init__(self, layout: Layout, pages: int, client: Client, device: str = "cpu") -> None:
+        super().__init__(layout, pages, device)
         self.client = client
+        self.copies: DevicePages | None = None
+        """How blocks get to and from pages that are not in host memory."""
+        if self.tensor.is_cuda:
+            from tierd_engine.device import device_pages, views_of  # needs triton
+
+            self.use(device_pages(views_of(self.tensor)))
         self.loading: Counter[bytes] = Counter()
-        self._bytes = self.pool.bytes
         self._answers: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._changed = Event()
         self._loaders = ThreadPoolExecutor(LOAD_THREADS, "tierd-load")
@@ -52,6 +59,11 @@ class CopyingMemory(PrivateMemory):
         self._reserving: Reserving | None = None
         self._unstored: list[tuple[bytes, bytes, int]] = []
         self.speeds = Speeds()
+
+    def use(self, copies: DevicePages) -> None:
+        """Copy blocks that way from now on, with tierd's segments registered for it."""
+        self.copies = copies
+        self.client.pin(copies.pins)
 
     def lookup(self, hashes: bytes) -> Lookup:
         """What is in use just now and, asked of the daemon, what is in its tiers."""
@@ -81,11 +93,16 @@ class CopyingMemory(PrivateMemory):
             self._store()
         return committed
 
-    def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None:
+    def release(self, pages: List[int]) -> None:
         """End the caller's hold; what has not been stored yet is stored first."""
         if self._unstored and pages:
             self._store()
-        super().release(pages, turn, conversation)
+        super().release(pages)
+
+    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+        """Tell the daemon, behind what is stored before."""
+        self._store()
+        self._submit(self._storer, lambda _: None, self.client.ended, block, turn, conversation)
 
     def poll(self) -> None:
         """Take what the workers did, and start the loads for which there are pages now."""
@@ -133,7 +150,8 @@ class CopyingMemory(PrivateMemory):
     def copy(self, load: Load, found: Any, targets: list[Target]) -> None:
         """Have a worker copy blocks of what was found into pages, which are the copy's until it has ended."""
         self.loading.update(load.name(block) for block, _ in targets)
-        self._submit(self._loaders, partial(self._copied, load, targets), self._copy, load, found, targets)
+        copied = partial(self._copied, load, targets)
+        self._submit(self._loaders, copied, self._copy, load, found, self._pages(), targets)
 
     def end_lease(self, found: Any) -> None:
         """Have a worker give back what was found and is not wanted: a full socket could keep us waiting."""
@@ -149,7 +167,7 @@ class CopyingMemory(PrivateMemory):
 
     # In workers.
 
-    def _copy(self, load: Load, found: Any, targets: list[Target]) -> float:
+    def _copy(self, load: Load, found: Any, pool: Any, targets: list[Target]) -> float:
         """Copy piece by piece, tell of each, and return the seconds that it took."""
         began = monotonic_seconds()
         with found:
@@ -157,7 +175,7 @@ class CopyingMemory(PrivateMemory):
                 if load.stopped:
                     break
                 pages = [page for _, page in piece]
-                good = found.copy_into(self._bytes, pages, piece[0][0] - load.first, len(piece))
+                good = found.copy_into(pool, pages, piece[0][0] - load.first, len(piece))
                 self._answer(partial(load.arrived, targets, good))
                 if good < len(piece):
                     break
@@ -173,6 +191,10 @@ class CopyingMemory(PrivateMemory):
         self.loading -= Counter(load.name(block) for block, _ in targets)
         load.ended(targets, seconds)
 
+    def _pages(self) -> Any:
+        """What the client copies from and to: pages whose users have computed all that they were asked to until now."""
+        return self.copies.now() if self.copies else self.pool.bytes
+
     def _store(self) -> None:
         """Give the storer what was committed, as runs in which each block is the next one's parent."""
         runs: list[list[tuple[bytes, bytes, int]]] = []
@@ -187,7 +209,7 @@ class CopyingMemory(PrivateMemory):
             hashes = b"".join(name for _, name, _ in run)
             self._storing += 1
             stored = partial(self._stored, pages)
-            self._submit(self._storer, stored, self.client.store, hashes, self._bytes, pages, run[0][0])
+            self._submit(self._storer, stored, self.client.store, hashes, self._pages(), pages, run[0][0])
 
     def _reserve(self) -> None:
         reserving = self._reserving

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tierd.clock import monotonic_seconds
 from tierd.errors import Invalid
 from tierd_engine.memory import Memory
-from tierd_engine.request import Limits, Sampling
+from tierd_engine.request import Limits, Sampling, check_conversation
 from tierd_engine.runner import Runner
 from tierd_engine.scheduler import Scheduler
 from tierd_engine.sequence import Sequence
@@ -72,6 +72,7 @@ class Engine:
         Raises Invalid for what can never be served, Busy when the queue is full.
         """
         self.check_request(tokens, sampling)
+        check_conversation(conversation)
         sequences = []
         try:
             for sample in range(sampling.n):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, overload
+
+import torch
 
 from tierd.clock import monotonic_seconds
 from tierd.errors import Invalid
@@ -30,10 +34,10 @@ class Connect(Protocol):
     """Makes the client for a model, once the engine knows its name and layout.
 
     `functools.partial(Client, socket)`; for memory="tier" `functools.partial(PageClient, socket)`, which is also told
-    `pages_max` and `private_pages`.
+    `pages_max`, `private_pages` and `device`.
     """
 
-    def __call__(self, *, model: str, layout: Layout, **pages: int) -> Any: ...
+    def __call__(self, *, model: str, layout: Layout, **pages: Any) -> Any: ...
 
 
 class LLM:
@@ -42,7 +46,8 @@ class LLM:
     `connect` gives it a tierd client, which it then owns; without one everything is computed, and the tokens are the
     same. With `memory` "copy" blocks are copied to and from tierd's cpu tier, with "tier" the slots of its gpu tier are
     the pages. `pages` KV pages of `block_tokens` tokens are the engine's own: they bound what is in work ("tier": the
-    longest request, and what is in work while tierd is away). Raises Invalid for what the engine cannot run.
+    longest request, and what is in work while tierd is away). On a `device` "cuda" tierd's kernels attend, and copy engines
+    move blocks between its pages and tierd's memory; with triton installed. Raises Invalid for what the engine cannot run.
     """
 
     def __init__(
@@ -58,8 +63,7 @@ class LLM:
         chunk_tokens: int = 512,
         running_max: int = 64,
     ) -> None:
-        if connect and device != "cpu":
-            raise Invalid(f"engine: KV pages on {device!r} cannot be shared with tierd; use device='cpu' or no client")
+        check_device(device)
         if memory not in MEMORIES:
             raise Invalid(f"engine: memory {memory!r} is not one of {', '.join(MEMORIES)}")
         self.model_path = Path(model_path)
@@ -68,11 +72,12 @@ class LLM:
         self.client: Client | None = None
         self.memory: Memory
         if connect and memory == "tier":
-            slots = connect(model=fingerprint(model), layout=self.layout, pages_max=SLOTS_MAX, private_pages=pages)
+            sizes = {"pages_max": SLOTS_MAX, "private_pages": pages}
+            slots = connect(model=fingerprint(model), layout=self.layout, device=device, **sizes)
             self.memory = TierMemory(self.layout, slots)
         elif connect:
             self.client = connect(model=fingerprint(model), layout=self.layout)
-            self.memory = CopyingMemory(self.layout, pages, self.client)
+            self.memory = CopyingMemory(self.layout, pages, self.client, device)
         else:
             self.memory = PrivateMemory(self.layout, pages, device)
         limits = Limits(chunk_tokens=chunk_tokens, running_max=running_max)
@@ -164,6 +169,18 @@ class Generation:
                 "decode": at["ended"] - at["first"],
             },
         )
+
+
+def check_device(device: str) -> None:
+    """Raise Invalid unless the engine can compute there: on the CPU, or on a GPU that torch finds, with triton installed."""
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise Invalid(f"engine: device {device!r} is not one of 'cpu', 'cuda' and 'cuda:N'")
+    if not torch.cuda.is_available() or (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise Invalid(f"engine: torch {torch.__version__} finds no GPU that is {device!r}; use device='cpu'")
+    if importlib.util.find_spec("triton") is None:
+        raise Invalid(f"engine: attention on {device!r} needs triton: pip install triton")
 
 
 def _stop_tokens(eos: int | list[int] | None) -> frozenset[int]:

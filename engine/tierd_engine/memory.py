@@ -83,7 +83,9 @@ class Memory(Protocol):
         """Pages to write to; `urgent`: nobody is left whose pages could be waited for."""
 
     def commit(self, pages: List[int], parents: bytes, hashes: bytes) -> Commit: ...
-    def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None: ...
+    def release(self, pages: List[int]) -> None: ...
+    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+        """Why a turn ended, whose last full block this is (ROOT: it has none), and whose it was."""
 
     def poll(self) -> None:
         """Take what has been answered; never blocks."""
@@ -109,7 +111,6 @@ class PrivateMemory:
         self.tensor = self.pool.tensor
         self.count = pages
         self.hits: Counter[str] = Counter()
-        self.turns: Counter[str] = Counter()
         self.blocks = Blocks(self.pool)
 
     def lookup(self, hashes: bytes) -> Lookup:
@@ -130,11 +131,12 @@ class PrivateMemory:
                 codes[at] = twin
         return Committed(codes)
 
-    def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None:
+    def release(self, pages: List[int]) -> None:
         """End the caller's hold; a block that nobody holds is forgotten."""
-        if turn:
-            self.turns[turn] += 1
         self.blocks.release(pages)
+
+    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+        """Nobody learns from it here."""
 
     def poll(self) -> None:
         """Everything is answered at once."""

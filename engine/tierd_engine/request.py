@@ -8,8 +8,7 @@ from tierd.errors import Invalid
 
 SAMPLES_MAX = 128
 STOP_STRINGS_MAX = 16
-TURNS = ("stop", "length", "abort", "tool_use", "end_turn")
-"""Why a turn ended: our own first three, and what a front door may know better. Memory is told with the release."""
+CONVERSATION_MAX = 128
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,12 @@ class Sampling:
             raise Invalid(f"sampling: seed {self.seed} must be from 0 to 2^62 - 1")
         if len(self.stop) > STOP_STRINGS_MAX or not all(self.stop):
             raise Invalid(f"sampling: stop must be at most {STOP_STRINGS_MAX} strings, none of them empty")
+
+
+def check_conversation(conversation: str | None) -> None:
+    """Raise Invalid when a conversation's name cannot be told to tierd."""
+    if conversation is not None and not 1 <= len(conversation) <= CONVERSATION_MAX:
+        raise Invalid(f"conversation: {len(conversation)} characters; 1 to {CONVERSATION_MAX} are possible")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from functools import partial
+
 import torch
 from transformers import PreTrainedModel
 
 from tierd.errors import Invalid
 from tierd.layout import Layout
 from tierd_engine import attention
-from tierd_engine.attention import Span, Step
+from tierd_engine.attention import Paged, Span, Step
 from tierd_engine.scheduler import Chunk
 
 
@@ -26,6 +30,12 @@ class Runner:
         self.model = model.eval()
         self.tensor = tensor
         self.layout = layout
+        self.begin: Callable[[List[Span]], Paged] = partial(Step, tensor, layout)
+        """Makes a forward pass over spans: in plain torch, or with tierd's kernels where the pages are on a GPU."""
+        if tensor.is_cuda:
+            from tierd_engine.kernels import KernelSteps  # needs triton
+
+            self.begin = KernelSteps(tensor, layout)
         self._prove_every_layer_pages()
 
     def run(self, chunks: list[Chunk]) -> list[tuple[Chunk, torch.Tensor]]:
@@ -41,11 +51,11 @@ class Runner:
             if chunk.count == sequence.uncomputed:
                 complete.append(chunk)
                 last.append(len(tokens) - 1)
-        logits = self._forward(tokens, Step(self.tensor, self.layout, spans), last or [0])
+        logits = self._forward(tokens, self.begin(spans), last or [0])
         return list(zip(complete, logits[: len(complete)], strict=True))
 
     @torch.inference_mode()
-    def _forward(self, tokens: list[int], step: Step, last: list[int]) -> torch.Tensor:
+    def _forward(self, tokens: list[int], step: Paged, last: list[int]) -> torch.Tensor:
         device = self.tensor.device
         output = self.model(
             input_ids=torch.tensor([tokens], device=device),
@@ -57,7 +67,7 @@ class Runner:
         return output.logits[0].float()
 
     def _prove_every_layer_pages(self) -> None:
-        step = Step(self.tensor, self.layout, [Span([len(self.tensor) - 1], 0, 1)])
+        step = self.begin([Span([len(self.tensor) - 1], 0, 1)])
         try:
             self._forward([0], step, [0])
         except TypeError as error:

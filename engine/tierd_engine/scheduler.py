@@ -68,7 +68,7 @@ class Scheduler:
         self._denied = False
         """The last reservation brought nothing, and nothing has been given up for it since."""
         self._commits: list[tuple[Commit, list[tuple[Sequence, BlockTable, int, int]]]] = []
-        self._leaving: list[tuple[BlockTable, str | None, str | None]] = []
+        self._leaving: list[tuple[BlockTable, tuple[bytes, str, str | None] | None]] = []
         self._flights: dict[bytes, Sequence] = {}
         self._saving = False
         """The oldest sequence that could run finds too few pages: what is spare is kept for it."""
@@ -373,7 +373,8 @@ class Scheduler:
             sequence.lookup.release()
             sequence.lookup = None
         if sequence.table is not None:
-            self._leaving.append((sequence.table, turn, sequence.conversation))
+            ended = (sequence.name(sequence.table.named - 1), turn, sequence.conversation) if turn else None
+            self._leaving.append((sequence.table, ended))
             sequence.table = None
             self._crowded = False
         self._wake_followers()
@@ -431,12 +432,14 @@ class Scheduler:
 
     def _settle_leaving(self) -> None:
         staying = []
-        for table, turn, conversation in self._leaving:
+        for table, ended in self._leaving:
             if table.unanswered:
-                staying.append((table, turn, conversation))
-            else:
-                self.memory.release(table.pages[table.leased :], turn, conversation)
-                table.lookup.release()
+                staying.append((table, ended))
+                continue
+            if ended is not None:
+                self.memory.ended(*ended)
+            self.memory.release(table.pages[table.leased :])
+            table.lookup.release()
         self._leaving = staying
 
 

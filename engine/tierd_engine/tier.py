@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as List
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class TierMemory:
             raise Invalid("pages: without private pages nothing runs while tierd is away; give the client at least 1")
         self.layout, self.client = layout, client
         self.count = len(client.private)
-        numbers = torch.from_numpy(client.memory).view(dtype_of(layout))
+        numbers = tensor_over(client.memory).view(dtype_of(layout))
         shape = page_shape(layout)
         self.tensor = numbers[:, : int(np.prod(shape))].unflatten(1, shape)
         self.pool = Accounts(client.private)
@@ -69,10 +69,14 @@ class TierMemory:
         """Name slots, for everybody; and what the daemon does not take among ourselves."""
         return self._settled(Committing(self, pages, parents, hashes))
 
-    def release(self, pages: List[int], turn: str | None = None, conversation: str | None = None) -> None:
-        """End the caller's hold; the daemon is told of slots that nobody here uses any more, and of the turn with them."""
+    def release(self, pages: List[int]) -> None:
+        """End the caller's hold; the daemon is told of slots that nobody here uses any more."""
         if slots := [page for page in self.blocks.release(pages) if page not in self.pool.own]:
-            self.client.release(slots, turn, conversation)
+            self.client.release(slots)
+
+    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+        """Tell the daemon."""
+        self.client.ended(block, turn, conversation)
 
     def poll(self) -> None:
         """Take what has arrived; joins the daemon again when it is back."""
@@ -112,7 +116,8 @@ class TierMemory:
         to 70 us for 720 KiB, a thousandth of what computing its tokens does.
         """
         self.pool.adopt(slots)
-        self.client.memory[slots] = 0
+        for slot in slots:
+            self.tensor[slot].zero_()
         return slots
 
     def name(self, page: int, name: bytes, told: int) -> int:
@@ -247,6 +252,8 @@ class Committing:
     def __init__(self, memory: TierMemory, pages: List[int], parents: bytes, hashes: bytes) -> None:
         self.done = False
         self.codes: NDArray[np.int32] = np.full(len(pages), NAMELESS, np.int32)
+        if memory.tensor.is_cuda:  # a page that has a name is read by others, on streams of their own
+            torch.cuda.current_stream(memory.tensor.device).synchronize()
         self._memory, self._pages, self._names = memory, pages, list(split(hashes))
         self._at = [at for at, page in enumerate(pages) if page not in memory.pool.own]
         slots = [pages[at] for at in self._at]
@@ -263,3 +270,13 @@ class Committing:
             self.codes[:] = [self._memory.name(page, name, code) for page, name, code in told]
             self.done = True
         return self.done
+
+
+def tensor_over(memory: Any) -> torch.Tensor:
+    """A client's pages as uint8 `[pages, slot_bytes]`, on the GPU where they are, and not a copy.
+
+    The device is named, because torch would ask the driver what the first address is, and no segment may be there yet.
+    """
+    if isinstance(memory, np.ndarray):
+        return torch.from_numpy(memory)
+    return torch.as_tensor(memory, device=f"cuda:{memory.device.number}")

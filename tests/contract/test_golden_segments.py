@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tierd.layout import Layout, Namespace
 from tierd.tiers.directory import Directory
@@ -22,6 +23,8 @@ GOLDEN = Path(__file__).parent / "golden"
 NAMESPACE = Namespace("uid:1000", "golden-model", Layout(2, 1, 8, "float16", block_tokens=4))
 GEOMETRY = Geometry(slot_count=4, payload_bytes=NAMESPACE.layout.block_bytes)
 HASHES = [hashlib.sha256(b"block %d" % number).digest() for number in range(4)]
+IN_MEMORY = {"memory.directory": (Medium.MEMORY, 0xA1), "device.directory": (Medium.DEVICE, 0xA2)}
+"""Media whose directory is a memfd, with the byte that ids are made of."""
 LAST_USE, EPOCH, CREATED_NS = 1_700_000_000_000, 7, 1_700_000_000_123_456_789
 
 
@@ -38,11 +41,11 @@ def payload(number: int) -> np.ndarray:
     return slot
 
 
-def make_memory() -> bytes:
+def make_memory(medium: Medium, id_byte: int) -> bytes:
     """The directory of a memory segment: a ready block, one being filled, one freed and used again, one never used."""
     buffer = bytearray(GEOMETRY.directory_bytes)
-    buffer[:4096] = header(Medium.MEMORY, 0xA1).pack()
-    directory = Directory(buffer, header(Medium.MEMORY, 0xA1))
+    buffer[:4096] = header(medium, id_byte).pack()
+    directory = Directory(buffer, header(medium, id_byte))
     directory.begin([0, 1], HASHES[0] + HASHES[1], bytes(32) + HASHES[0])
     directory.ready([0, 1])
     directory.free([1])
@@ -64,17 +67,19 @@ def make_file(folder: Path) -> Path:
     return segment.path
 
 
-def test_a_memory_directory_is_written_as_it_always_was() -> None:
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_a_memory_directory_is_written_as_it_always_was(name: str) -> None:
     """Every byte of header and directory equals the golden one."""
-    assert make_memory() == (GOLDEN / "memory.directory").read_bytes()
+    assert make_memory(*IN_MEMORY[name]) == (GOLDEN / name).read_bytes()
 
 
-def test_a_golden_memory_directory_is_understood() -> None:
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_a_golden_memory_directory_is_understood(name: str) -> None:
     """The scan finds the two ready blocks with everything they carry."""
-    data = bytearray((GOLDEN / "memory.directory").read_bytes())
+    data = bytearray((GOLDEN / name).read_bytes())
     found = Header.unpack(bytes(data))
     scan = Directory(data, found).scan()
-    assert found == header(Medium.MEMORY, 0xA1)
+    assert found == header(*IN_MEMORY[name])
     assert scan.slots.tolist() == [0, 1] and scan.hashes == HASHES[0] + HASHES[2]
     assert scan.parents == bytes(32) + HASHES[0] and not scan.digests.any()
     assert scan.generations.tolist() == [1, 2] and scan.use_counts.tolist() == [3, 4]
@@ -106,5 +111,6 @@ def test_a_golden_segment_file_is_understood(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    (GOLDEN / "memory.directory").write_bytes(make_memory())
+    for name, about in IN_MEMORY.items():
+        (GOLDEN / name).write_bytes(make_memory(*about))
     make_file(GOLDEN)

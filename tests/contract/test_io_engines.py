@@ -1,14 +1,10 @@
-"""What every io engine must do, over the real ones; kvikio runs on host memory, with a stub where there is no
-driver."""
+"""What every io engine must do, over the real ones; kvikio runs on host memory, with an emulated driver where there is none."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import mmap
 import os
-import shutil
-import subprocess
 import threading
 from pathlib import Path
 from random import Random
@@ -16,6 +12,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from tests.conftest import HAS_GPU
+from tests.cuda.build import load
 from tierd.errors import Invalid
 from tierd.tiers.io import IoEngine, make
 from tierd.tiers.io.faulty import Faults, FaultyEngine
@@ -25,27 +23,6 @@ BLOCK_BYTES = 5 * 4096
 BLOCKS = 9
 
 
-@pytest.fixture(scope="session")
-def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with our stub libcuda.so.1, compiled."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler (cc) to build the stub libcuda with")
-    folder = tmp_path_factory.mktemp("stub")
-    source = Path(__file__).parent / "stub_libcuda.c"
-    command = [
-        compiler,
-        "-shared",
-        "-fPIC",
-        "-Wl,-soname,libcuda.so.1",
-        "-o",
-        str(folder / "libcuda.so.1"),
-        str(source),
-    ]
-    subprocess.run(command, check=True, timeout=60)
-    return folder
-
-
 @pytest.fixture(params=["posix", "kvikio", "faulty"])
 def engine(request: pytest.FixtureRequest) -> IoEngine:
     """Each engine in turn; faulty without faults is as good as what it wraps."""
@@ -53,11 +30,9 @@ def engine(request: pytest.FixtureRequest) -> IoEngine:
         return FaultyEngine(make("posix", 1), Faults(), seed=1)
     if request.param == "kvikio":
         need_kvikio()
-        try:
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            os.environ.setdefault("KVIKIO_COMPAT_MODE", "ON")
-            ctypes.CDLL(str(request.getfixturevalue("stub_folder") / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+        if not HAS_GPU:
+            os.environ["KVIKIO_COMPAT_MODE"] = "ON"
+            load(request.getfixturevalue("emulation"))
     return make(request.param, 4)
 
 
@@ -191,10 +166,10 @@ def test_the_probe_says_what_it_chose_and_why(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kvikio_passes_the_probe_in_a_child(tmp_path: Path, stub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kvikio_passes_the_probe_in_a_child(tmp_path: Path, emulation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for by name, and working: the choice says so."""
     need_kvikio()
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(stub_folder))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(emulation.parent))
     monkeypatch.setenv("KVIKIO_COMPAT_MODE", "ON")
     choice = probe(tmp_path, "kvikio", 30.0, 2)
     assert (choice.engine, choice.reason) == ("kvikio", "asked for")

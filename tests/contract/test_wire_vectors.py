@@ -70,7 +70,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "abort": {"lease": 6},
     "reserve": {"count": 4},
     "commit_pages": {"slots": pack_slots([3, 4]), "parents": PARENT + HASHES[:32], "hashes": HASHES},
-    "release_pages": {"slots": pack_slots([3]), "turn": "tool_use", "conversation": "c"},
+    "release_pages": {"slots": pack_slots([3])},
+    "ended": {"block": PARENT, "turn": "tool_use", "conversation": "c"},
     "prefetch": {"hashes": HASHES},
     "detached": {"segments": [SEGMENT_ID]},
     "bye": {},
@@ -78,6 +79,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "status": {},
     "sync": {"deadline_ms": 5000},
     "drain": {},
+    "reload": {},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,
@@ -92,6 +94,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "reserve": {"slots": pack_slots([3, 4])},
     "commit_pages": {"codes": pack_slots([-1, 7])},
     "release_pages": {},
+    "ended": {},
     "prefetch": {"blocks": 2},
     "detached": {},
     "bye": {},
@@ -100,6 +103,7 @@ FRAMES: dict[str, dict[str, Any]] = {
     **{f"request-{verb}": {"id": 1, "verb": verb, **arguments} for verb, arguments in REQUESTS.items()},
     **{f"reply-{verb}": {"id": 1, "ok": True, **fields} for verb, fields in ANSWERS.items()},
     "request-hello_gpu": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu"},
+    "reply-hello_gpu": {"id": 1, "ok": True, **WELCOME, "device": b"u" * 16},
     "reply-error": failure(1, Gone("no lease 5")),
     "push-attach": {"id": 0, "push": "attach", "segments": [{**SEGMENT_NAMES, **SIZES}]},
     "push-detach": {"id": 0, "push": "detach", "segments": [SEGMENT_NAMES]},
@@ -137,7 +141,7 @@ def test_a_vector_is_read_as_its_message(name: str) -> None:
         (segment,) = check_values(what, message, PUSHES[what])["segments"]
         check_values(what, segment, ATTACHED if what == "attach" else SEGMENT)
     elif what != "error":
-        check_values(what, message, REPLIES[what])
+        check_values(what, message, REPLIES[what.removesuffix("_gpu")])
 
 
 def test_a_frame_is_made_as_the_document_says() -> None:

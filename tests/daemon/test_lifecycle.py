@@ -11,7 +11,7 @@ from threading import Event, Thread
 
 import pytest
 
-from tests.contract.test_io_engines import need_kvikio, stub_folder
+from tests.contract.test_io_engines import need_kvikio
 from tests.daemon.conftest import Start
 from tests.daemon.harness import SLOTS, Daemon, Wire, hashes_of, readable
 from tierd.cli import FAILED, USAGE
@@ -19,7 +19,6 @@ from tierd.clock import monotonic_seconds
 from tierd.config import KEYS
 from tierd.errors import Closed, TierdError
 
-__all__ = ["stub_folder"]  # a fixture
 READY_SECONDS_MAX = 1.0
 RESIDENT_BYTES_MAX = 100 << 20
 DEFAULT_LISTEN = KEYS["metrics.listen"]["default"]
@@ -203,10 +202,10 @@ def test_without_nvme_it_serves_from_memory_alone(start: Start) -> None:
     assert daemon.run("sync").returncode == 0
     status = daemon.status()
     assert list(status["tiers"]) == ["cpu"]
-    assert status["io"] == {"engine": "none", "path": "none"}
+    assert status["io"] == {"engine": "none", "path": "none", "gpu": "none"}
     assert "no nvme" in daemon.run("status").stdout
     assert not list(daemon.state.rglob("*.directory"))
-    assert daemon.get("/readyz") == (200, "ready\nio none none\n")
+    assert daemon.get("/readyz") == (200, "ready\nio none none\ngpu none\n")
 
 
 def test_a_second_daemon_on_the_same_state_is_refused(daemon: Daemon, make: Start) -> None:
@@ -250,10 +249,11 @@ def test_kvikio_that_does_not_work_is_refused_with_the_reason(make: Start) -> No
     assert says.endswith("use 'auto' or 'posix'")
 
 
-def test_kvikio_serves_as_io_engine(start: Start, stub_folder: Path) -> None:
-    """The real library on host memory, with a stub of the driver: blocks go to nvme and come back."""
+def test_kvikio_serves_as_io_engine(start: Start, emulation: Path) -> None:
+    """The real library on host memory, with an emulated driver: blocks go to nvme and come back."""
     need_kvikio()
-    daemon = start(nvme_io_engine="kvikio", environ={"LD_LIBRARY_PATH": str(stub_folder), "KVIKIO_COMPAT_MODE": "ON"})
+    environ = {"LD_LIBRARY_PATH": str(emulation.parent), "KVIKIO_COMPAT_MODE": "ON"}
+    daemon = start(nvme_io_engine="kvikio", environ=environ)
     assert daemon.status()["io"]["engine"] == "kvikio"
     hashes = hashes_of(1, 100)
     with daemon.peer() as wire:

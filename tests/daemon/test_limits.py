@@ -198,9 +198,34 @@ def test_a_namespace_that_has_lost_all_makes_room_for_another(start: Start) -> N
         with daemon.peer(model="c"):
             assert {space["model"] for space in daemon.status()["namespaces"]} == {"b", "c"}
             assert daemon.status()["lookup_blocks"]["miss"] == 7
-            with Wire(daemon.socket) as late, pytest.raises(Busy, match="maximum of 2 namespaces: raise"):
+            with Wire(daemon.socket) as late, pytest.raises(Busy, match="maximum of 2 namespaces, all in use: raise"):
                 late.hello(model="a")
         assert second.load(hashes_of(2, 5)) == 5
+
+
+def test_the_namespace_that_was_left_first_makes_room_for_another(start: Start) -> None:
+    """At the limit a new one is told to try again, and soon gets in; who has a client, or was left later, keeps all blocks."""
+    daemon = start(limits_namespaces_max=3)
+    for model in ("first", "later"):
+        with daemon.peer(model=model) as peer:
+            assert peer.store(hashes_of(1, 5)) == 5
+    with daemon.peer(model="used") as used:
+        assert used.store(hashes_of(2, 5)) == 5
+
+        def join() -> bool:
+            try:
+                with daemon.peer(model="new") as peer:
+                    return peer.store(hashes_of(3, 5)) == 5
+            except Busy as refused:
+                assert "one that nobody uses is being given up" in str(refused)
+                return False
+
+        assert not join()
+        daemon.wait_until(lambda _: join())
+        assert {space["model"] for space in daemon.status()["namespaces"]} == {"later", "used", "new"}
+        assert used.load(hashes_of(2, 5)) == 5
+        with daemon.peer(model="later") as peer:
+            assert peer.load(hashes_of(1, 5)) == 5
 
 
 def test_a_connection_that_says_nothing_is_closed(start: Start) -> None:

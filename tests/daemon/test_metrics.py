@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import shutil
+import socket
 import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from statistics import median
+from threading import Event
 
 import pytest
 
 from tests.daemon.conftest import Start
 from tests.daemon.harness import LAYOUT, SEGMENT_BYTES, SLOTS, Daemon, hashes_of
 from tierd import __version__
+from tierd.clock import monotonic_seconds
 
 DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
 
@@ -154,14 +163,157 @@ def test_health_says_ready_and_the_path_to_nvme(daemon: Daemon) -> None:
     assert total(samples, "tierd_io_info", engine="posix") == 1
 
 
-def test_the_document_lists_exactly_what_is_exported(daemon: Daemon) -> None:
-    """docs/metrics.md has every series of `/metrics` with its type and its labels, and no other."""
+def test_tokens_saved_are_those_of_the_blocks_that_lookups_leased(daemon: Daemon) -> None:
+    """A block saves as many tokens as it has, each time that it is found."""
+    with daemon.peer() as wire:
+        wire.store(hashes_of(1, 40))
+        wire.load(hashes_of(1, 40))
+        wire.load(hashes_of(1, 25))
+        wire.load(hashes_of(2, 40))
+    assert total(daemon.metrics(), "tierd_saved_prefill_tokens_total") == (40 + 25) * LAYOUT.block_tokens
+
+
+def test_io_seconds_are_counted_where_bytes_are(daemon: Daemon) -> None:
+    """Both have the same labels, and no thread was busy on a way where nothing moved."""
+    work(daemon)
+    samples = daemon.metrics()
+    ways = [name.partition("{")[2] for name in samples if name.startswith("tierd_transfer_bytes_total")]
+    assert len(ways) == 3
+    for way in ways:
+        moved, seconds = (samples[f"tierd_transfer_{what}_total{{{way}"] for what in ("bytes", "thread_seconds"))
+        assert (moved > 0) == (seconds > 0), way
+
+
+def test_what_an_endless_cache_would_find_is_what_was_asked_for_before(start: Start) -> None:
+    """The sample has about one block in 64; a prompt that comes again is seen, though its blocks have long been evicted."""
+    daemon = start(nvme_bytes=0)
+    prompts = [hashes_of(seed, 640) for seed in range(1, 9)]
+    with daemon.peer() as wire:
+        for _ in range(2):
+            for prompt in prompts:
+                wire.load(prompt)
+                wire.store(prompt)
+    samples = daemon.metrics()
+    new, seen = (total(samples, "tierd_sampled_lookup_blocks_total", outcome=outcome) for outcome in ("new", "seen"))
+    sampled = sum(prompt[at] & 63 == 0 for prompt in prompts for at in range(0, len(prompt), 32))
+    assert (new, seen) == (sampled, sampled) and 40 < sampled < 130
+    assert total(samples, "tierd_lookup_blocks_total", tier="cpu") == 0
+    assert total(samples, "tierd_reuse_gap_seconds_count") == seen
+    assert total(samples, "tierd_reuse_gap_seconds_bucket", le="60.0") == seen
+
+
+def test_evicted_blocks_have_an_age_each_and_some_a_lifetime(start: Start) -> None:
+    """Ages are counted for all blocks that made room, lifetimes for every 64th slot."""
+    daemon = start(nvme_bytes=0)
+    with daemon.peer() as wire:
+        for seed in range(1, 30):
+            wire.store(hashes_of(seed, 100))
+    samples = daemon.metrics()
+    evicted = total(samples, "tierd_evicted_blocks_total", tier="cpu")
+    assert evicted > 2000
+    assert total(samples, "tierd_eviction_idle_seconds_count", tier="cpu") == evicted
+    assert evicted / 128 < total(samples, "tierd_block_lifetime_seconds_count", tier="cpu") < evicted / 32
+    for name in ("eviction_idle", "block_lifetime"):
+        counts = [value for sample, value in samples.items() if sample.startswith(f"tierd_{name}_seconds_bucket")]
+        assert counts == sorted(counts), "buckets are cumulative"
+        assert total(samples, f"tierd_{name}_seconds_sum") < 60 * evicted
+
+
+def test_namespaces_are_told_apart_only_where_that_is_wanted(start: Start) -> None:
+    """With the option each has its lookups, tokens, bytes and sessions, which sum to the daemon's own; without it none has."""
+    daemon = start(metrics_per_namespace="true")
+    with daemon.peer(model="a") as one, daemon.peer(model="b") as two:
+        one.store(hashes_of(1, 50))
+        one.load(hashes_of(1, 50))
+        two.load(hashes_of(1, 30))
+        samples = daemon.metrics()
+    names = {model: f"{found:.16}" for model in "ab" for found in [space_id(daemon, model)]}
+    for model, sessions, tokens in (("a", 1, 50 * LAYOUT.block_tokens), ("b", 1, 0)):
+        assert total(samples, "tierd_namespace_info", namespace=names[model], model=model) == 1
+        assert total(samples, "tierd_namespace_sessions", namespace=names[model]) == sessions
+        assert total(samples, "tierd_namespace_saved_prefill_tokens_total", namespace=names[model]) == tokens
+    for tier in ("cpu", "miss"):
+        mine, everybodys = (total(samples, f"tierd_{name}lookup_blocks_total", tier=tier) for name in ("namespace_", ""))
+        assert mine == everybodys > 0
+    assert total(start(name="without").metrics(), "tierd_namespace_sessions") == 0
+
+
+def space_id(daemon: Daemon, model: str) -> str:
+    """The id of the one namespace of a model."""
+    (found,) = (space["id"] for space in daemon.status()["namespaces"] if space["model"] == model)
+    return str(found)
+
+
+def test_the_unix_socket_answers_as_the_port_does(daemon: Daemon) -> None:
+    """Metrics and health, for who may connect to the data socket and nobody else; it goes with the daemon."""
+    path = daemon.runtime / "metrics.sock"
+    assert path.stat().st_mode & 0o777 == 0o660
+    status, text = unix_get(path, "/metrics")
+    assert status == 200
+    families = re.compile(r"^# TYPE .*$", flags=re.MULTILINE)
+    assert families.findall(text) == families.findall(daemon.get("/metrics")[1])
+    assert unix_get(path, "/livez") == (200, "alive\n")
+    daemon.stop()
+    assert not path.exists()
+
+
+def unix_get(path: Path, what: str) -> tuple[int, str]:
+    """Status and body of an HTTP request to a Unix socket."""
+    connection = HTTPConnection("tierd", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(path))
+    connection.request("GET", what)
+    response = connection.getresponse()
+    answer = response.status, response.read().decode()
+    connection.close()
+    return answer
+
+
+def test_a_scrape_of_a_busy_daemon_costs_little_and_stops_nothing(start: Start) -> None:
+    """Under 5 ms of processor time while two clients work without a pause; with twenty scrapes a second they do as much as
+    without, but for a third that neighbours on the machine may take.
+    """
+    daemon = start(metrics_per_namespace="true")
+    stop, done, seconds = Event(), Counter[str](), [0.0]
+    lookups, lasted = [0, 0], [0.0, 0.0]
+    with ThreadPoolExecutor(2) as pool:
+        workers = [pool.submit(look_up, daemon, seed, stop, done) for seed in (1, 2)]
+        try:
+            for turn in range(20):  # in turns, so that what neighbours do falls on both
+                before, started, is_scraped = done.total(), monotonic_seconds(), turn % 2
+                for _ in range(5):
+                    if is_scraped:
+                        seconds.append(daemon.metrics()["tierd_scrape_cpu_seconds_total"])
+                    select.select([], [], [], 0.05)
+                lookups[is_scraped] += done.total() - before
+                lasted[is_scraped] += monotonic_seconds() - started
+        finally:
+            stop.set()
+        for worker in workers:
+            worker.result()
+    assert len(seconds) == 51 and lookups[0] > 500
+    assert median(later - sooner for sooner, later in pairwise(seconds[1:])) < 0.005
+    assert lookups[1] / lasted[1] > lookups[0] / lasted[0] * 2 / 3
+
+
+def look_up(daemon: Daemon, seed: int, stop: Event, done: Counter[str]) -> None:
+    """Ask for the same prompt until told to stop."""
+    with daemon.peer() as wire:
+        wire.store(hashes_of(seed, 40))
+        while not stop.is_set():
+            wire.load(hashes_of(seed, 40))
+            done[f"{seed}"] += 1
+
+
+def test_the_document_lists_exactly_what_is_exported(start: Start) -> None:
+    """docs/metrics.md has every series of `/metrics` with its type, unit, labels and meaning, and no other."""
+    daemon = start(metrics_per_namespace="true")
     work(daemon, turns=3)
     text = daemon.get("/metrics")[1]
     exported = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, flags=re.MULTILINE))
-    rows = re.findall(r"^\| `(tierd_\w+)` \| (\w+) \|([^|]*)\|", DOCUMENT.read_text(), flags=re.MULTILINE)
-    assert {name: kind for name, kind, _ in rows} == exported
-    labels = {name: set(re.findall(r"`(\w+)`", column)) for name, _, column in rows}
+    rows = re.findall(r"^\| `(tierd_\w+)` \| (\w+) \| ([^|]+) \|([^|]*)\| ([^|]+) \|", DOCUMENT.read_text(), flags=re.MULTILINE)
+    assert {name: kind for name, kind, *_ in rows} == exported
+    labels = {name: set(re.findall(r"`(\w+)`", column)) for name, _, _, column, _ in rows}
     for sample in daemon.metrics():
         name, _, braces = sample.partition("{")
         name = re.sub(r"_(bucket|count|sum)$", "", name) if name not in exported else name

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.cuda.build import environ, load
 from tests.daemon.conftest import Start
 from tests.daemon.harness import LAYOUT, SEGMENT_BYTES, SLOTS, Daemon, hashes_of, payload_of
 from tierd.block import ROOT
 from tierd.client import Client
 from tierd.client.pages import Asked, Named, PageClient, PageLookup
 from tierd.clock import monotonic_seconds
+from tierd.cuda import DeviceArray
 from tierd.errors import Invalid
+from tierd.tiers.paths import download, upload
 
 PATIENCE_SECONDS = 20.0
 PRIVATE = 4
@@ -29,29 +32,41 @@ Connect = Callable[..., PageClient]
 A = TypeVar("A", bound=Asked)
 
 
+@pytest.fixture(params=["cpu", "cuda:0"], autouse=True)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the gpu tier is: in host memory, and in that of a GPU which is emulated, for this process and for daemons."""
+    if request.param != "cpu":
+        load(request.getfixturevalue("emulation"))
+    return request.param
+
+
 @pytest.fixture
-def paged(start: Start) -> Daemon:
+def gpu(device: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of a daemon with two gpu segments."""
+    sizes = {"gpu_bytes": 2 * SEGMENT_BYTES, "gpu_segment_bytes": SEGMENT_BYTES, "gpu_device": device}
+    return sizes if device == "cpu" else sizes | {"environ": environ(request.getfixturevalue("emulation"))}
+
+
+@pytest.fixture
+def paged(start: Start, gpu: dict[str, Any]) -> Daemon:
     """A daemon with two gpu segments above four of cpu and sixteen of nvme."""
-    return start(**GPU)
+    return start(**gpu)
 
 
 @pytest.fixture
-def connect() -> Iterator[Connect]:
+def connect(device: str) -> Iterator[Connect]:
     """Makes paged clients that are connected, and closes them at the end."""
     made: list[PageClient] = []
 
     def build(daemon: Daemon, **options: Any) -> PageClient:
         given = {"model": "model", "layout": LAYOUT, "pages_max": 2 * SLOTS, "private_pages": PRIVATE} | options
-        made.append(PageClient(daemon.socket, **given))
+        made.append(PageClient(daemon.socket, device=device, **given))
         until(made[-1], lambda: made[-1].alive)
         return made[-1]
 
     yield build
     for client in made:
         client.close()
-
-
-GPU = {"gpu_bytes": 2 * SEGMENT_BYTES, "gpu_segment_bytes": SEGMENT_BYTES}
 
 
 def until(client: PageClient, so: Callable[[], bool]) -> None:
@@ -83,10 +98,28 @@ def reserve_all(client: PageClient) -> NDArray[np.int32]:
     return pages
 
 
+def compute(client: PageClient, page: int, payload: NDArray[np.uint8]) -> None:
+    """Write a block's bytes to a page, wherever it is."""
+    row = client.memory[page]
+    if isinstance(row, DeviceArray):
+        upload([row], [np.resize(payload, len(row))])
+    else:
+        row[: len(payload)] = payload
+
+
+def content(client: PageClient, page: int) -> NDArray[np.uint8]:
+    """A block's bytes in a page."""
+    row = client.memory[page]
+    if isinstance(row, DeviceArray):
+        device_row, row = row, np.empty(len(row), np.uint8)
+        download([row], [device_row])
+    return row[: LAYOUT.block_bytes]
+
+
 def name(client: PageClient, pages: NDArray[np.int32], hashes: bytes, parent: bytes = ROOT) -> Named:
     """Compute the blocks of a chain in pages, and name them."""
     for at, page in enumerate(pages.tolist()):
-        client.memory[page, : LAYOUT.block_bytes] = payload_of(hashes[at * 32 : at * 32 + 32])
+        compute(client, page, payload_of(hashes[at * 32 : at * 32 + 32]))
     return answer(client, client.commit(pages, (parent + hashes)[: len(hashes)], hashes))
 
 
@@ -101,7 +134,7 @@ def store(client: PageClient, hashes: bytes, parent: bytes = ROOT) -> NDArray[np
 def check(client: PageClient, pages: NDArray[np.int32], hashes: bytes) -> None:
     """The pages hold the bytes that belong to the first of these hashes."""
     for at, page in enumerate(pages.tolist()):
-        assert (client.memory[page, : LAYOUT.block_bytes] == payload_of(hashes[at * 32 : at * 32 + 32])).all()
+        assert (content(client, page) == payload_of(hashes[at * 32 : at * 32 + 32])).all()
 
 
 def find(client: PageClient, hashes: bytes, parent: bytes = ROOT) -> PageLookup:
@@ -123,8 +156,10 @@ def test_a_hit_is_the_page_that_it_was_computed_in(paged: Daemon, connect: Conne
     assert found.pages.tolist() == pages.tolist() and found.tiers["gpu"] == 6
     assert paged.metrics()['tierd_transfer_bytes_total{path="memory",reason="demand",source="cpu",target="gpu"}'] == 0
     found.release()
-    one.release(pages, turn="end_turn", conversation="c")
-    two.release(store(two, hashes_of(2, 2)), turn="tool_use")
+    one.ended(hashes[-32:], "end_turn", "c")
+    one.release(pages)
+    two.ended(hashes_of(2, 2)[-32:], "tool_use")
+    two.release(store(two, hashes_of(2, 2)))
     paged.wait_until(lambda status: status["tiers"]["gpu"]["slots"]["filling"] == 0)
     assert paged.metrics()['tierd_turns_total{turn="tool_use"}'] == 1
 
@@ -176,6 +211,8 @@ def test_copying_clients_and_engines_share_blocks(paged: Daemon, connect: Connec
         assert all((pool[at] == payload_of(computed[at * 32 : at * 32 + 32])).all() for at in range(5))
         pool[:] = [payload_of(copied[at * 32 : at * 32 + 32]) for at in range(5)]
         assert client.store(copied, pool, range(5)).stored == 5
+        client.ended(copied[-32:], "tool_use", "c")
+        paged.wait_until(lambda _: paged.metrics()['tierd_turns_total{turn="tool_use"}'] == 1)
     assert find(engine, copied).ready == 5
 
 
@@ -226,8 +263,8 @@ def test_misuse_is_refused_where_it_happens(paged: Daemon, connect: Connect) -> 
         client.release([client.private[0]])
     with paged.peer() as copier, pytest.raises(Invalid, match="only sessions of the gpu tier"):
         copier.ask("reserve", count=1)
-    with paged.peer(tier="gpu") as raw, pytest.raises(Invalid, match="is not one of tool_use"):
-        raw.ask("release_pages", slots=raw.ask("reserve", count=1)["slots"], turn="bored")
+    with paged.peer() as raw, pytest.raises(Invalid, match="is not one of tool_use"):
+        raw.ask("ended", block=ROOT, turn="bored")
     client.release(pages)
 
 
@@ -242,17 +279,18 @@ def test_without_a_gpu_tier_there_are_no_pages(daemon: Daemon) -> None:
 ENGINE = """
 import sys
 from tests.daemon.test_pages import LAYOUT, SLOTS, PageClient, reserve, until
-client = PageClient(sys.argv[1], model="model", layout=LAYOUT, pages_max=2 * SLOTS)
+client = PageClient(sys.argv[1], model="model", layout=LAYOUT, pages_max=2 * SLOTS, device=sys.argv[2])
 until(client, lambda: client.alive)
 print(len(reserve(client, 2 * SLOTS)), flush=True)
 sys.stdin.read()
 """
 
 
-def test_the_death_of_an_engine_frees_its_pages(paged: Daemon, connect: Connect) -> None:
+def test_the_death_of_an_engine_frees_its_pages(paged: Daemon, gpu: dict[str, Any], connect: Connect) -> None:
     """All that it had reserved can be had by another one at once."""
-    command = [sys.executable, "-c", ENGINE, str(paged.socket)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
+    command = [sys.executable, "-c", ENGINE, str(paged.socket), gpu["gpu_device"]]
+    environment = os.environ | gpu.get("environ", {})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as engine:
         assert engine.stdout and int(engine.stdout.readline()) == 2 * SLOTS
         client = connect(paged)
         asked = answer(client, client.reserve(1))
@@ -262,9 +300,9 @@ def test_the_death_of_an_engine_frees_its_pages(paged: Daemon, connect: Connect)
     reserve_all(client)
 
 
-def test_pages_survive_the_daemon_where_its_memory_is_kept(start: Start, connect: Connect) -> None:
+def test_pages_survive_the_daemon_where_its_memory_is_kept(start: Start, gpu: dict[str, Any], connect: Connect) -> None:
     """After kill -9 the engine's pages have their numbers and bytes; reserved ones can be named, named ones are hits."""
-    daemon = start(held=True, **GPU)
+    daemon = start(held=True, **gpu)
     one, two = connect(daemon), connect(daemon)
     hashes, more = hashes_of(1, SLOTS + 4), hashes_of(1, SLOTS + 6)[-64:]
     pages = store(one, hashes)
@@ -290,10 +328,10 @@ def test_pages_survive_the_daemon_where_its_memory_is_kept(start: Start, connect
     reserve_all(one)
 
 
-def test_engines_under_pressure_keep_right_bytes_through_kills(start: Start, connect: Connect) -> None:
+def test_engines_under_pressure_keep_right_bytes_through_kills(start: Start, gpu: dict[str, Any], connect: Connect) -> None:
     """Engines that share prefixes, store five times the tier and let go at random, while the daemon is killed again and again:
     whatever they hold has its bytes after every step, and at the end nothing is held."""
-    daemon = start(held=True, **GPU)
+    daemon = start(held=True, **gpu)
     clients = [connect(daemon) for _ in range(3)]
     dice = random.Random(7)
     held: list[tuple[PageClient, PageLookup | NDArray[np.int32], bytes]] = []
@@ -327,9 +365,9 @@ def test_engines_under_pressure_keep_right_bytes_through_kills(start: Start, con
     reserve_all(clients[0])
 
 
-def test_pages_outlive_a_daemon_whose_memory_is_gone(start: Start, connect: Connect) -> None:
+def test_pages_outlive_a_daemon_whose_memory_is_gone(start: Start, gpu: dict[str, Any], connect: Connect) -> None:
     """They are the engine's alone then: readable until released, unknown to the new daemon, in nobody's way for long."""
-    daemon = start(**GPU)
+    daemon = start(**gpu)
     client = connect(daemon)
     hashes = hashes_of(1, SLOTS)
     pages = store(client, hashes)

@@ -100,6 +100,7 @@ class DictionaryCache:
     def __init__(self) -> None:
         self.blocks: dict[tuple[str, bytes], np.ndarray] = {}
         self.offered: set[tuple[str, bytes]] = set()
+        self.turns: list[tuple[bytes, str, str | None]] = []
         self.connections = 0
 
     def connect(self, *, model: str, layout: Layout) -> DictionaryClient:
@@ -126,6 +127,10 @@ class DictionaryClient:
             return  # refused, as by the daemon
         for name, page in zip(split(hashes), pages, strict=True):
             self.cache.blocks[self.model, name] = pool[page].copy()
+
+    def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
+        assert len(block) == 32 and turn
+        self.cache.turns.append((block, turn, conversation))
 
     def close(self) -> None:
         self.cache.connections -= 1

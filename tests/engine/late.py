@@ -15,7 +15,8 @@ class LateMemory:
     def __init__(self, memory: Memory, seed: int) -> None:
         self.memory, self.polls, self._random = memory, 0, random.Random(seed)
         self.tensor, self.layout, self.count = memory.tensor, memory.layout, memory.count
-        self.wait, self.release, self.statistics, self.close = memory.wait, memory.release, memory.statistics, memory.close
+        self.wait, self.release, self.ended = memory.wait, memory.release, memory.ended
+        self.statistics, self.close = memory.statistics, memory.close
 
     def lookup(self, hashes: bytes) -> LateLookup:
         return LateLookup(self, self.memory.lookup(hashes))

@@ -44,6 +44,20 @@ def test_hits_of_every_length_from_a_real_daemon_leave_the_tokens_as_they_are(ll
     assert warm.tokens == expected[0]
 
 
+def test_bfloat16_goes_to_a_real_daemon_and_back(llama: Path, daemon: Daemon) -> None:
+    """Half the bytes, the same tokens: cold, warm in another engine, and without tierd, with chunks that end where hits do."""
+    settings = {"pages": 48, "dtype": "bfloat16", "chunk_tokens": 96}
+    with LLM(llama, **settings) as plain:
+        expected = plain.generate(prompt(100), NEW).tokens
+    answers = []
+    for _ in range(2):
+        with LLM(llama, **settings, connect=partial(Client, daemon.socket)) as llm:
+            answers.append(llm.generate(prompt(100), NEW))
+            llm.check()
+    assert [answer.hit_tokens for answer in answers] == [0, 96]
+    assert [answer.tokens for answer in answers] == [expected, expected]
+
+
 def test_an_engine_survives_the_daemon(llama: Path, daemon: Daemon) -> None:
     """The daemon goes away for good in the middle of a conversation: every lookup misses, nothing else changes."""
     with LLM(llama, pages=48, connect=partial(Client, daemon.socket)) as llm:

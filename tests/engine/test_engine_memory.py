@@ -149,8 +149,9 @@ def test_a_hit_runs_in_the_step_that_it_arrived_before(slow: tuple[Engine, SlowC
     """While another decodes, blocks that take a moment make a step a moment longer, and not the request a step later."""
     engine, client = slow
     client.go.set()
-    engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
-    engine.step()
+    [other] = engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
+    while not other.new_tokens:
+        engine.step()
     [sequence] = engine.add(prompt(160), Sampling(max_tokens=NEW))
     engine.pause_seconds = 30.0
     engine.step()
@@ -163,7 +164,8 @@ def test_a_slow_load_is_waited_for_once(slow: tuple[Engine, SlowClient], twins: 
     """The first step after a request has come waits a little for its blocks; the next do not, though it has none yet."""
     engine, _ = slow
     [other] = engine.add(prompt(30, seed=2), Sampling(max_tokens=NEW))
-    engine.step()
+    while not other.new_tokens:
+        engine.step()
     [sequence] = engine.add(prompt(160), Sampling(max_tokens=NEW))
     wait, waits = engine.memory.wait, []
     engine.memory.wait = lambda seconds: [waits.append(seconds), wait(seconds)]
@@ -271,18 +273,21 @@ def test_a_short_prompt_overtakes_the_rest_of_a_long_one(twins: Twins) -> None:
 
 
 def test_the_end_of_a_turn_is_told_to_memory(twins: Twins) -> None:
-    """The reason and the conversation come with the last release."""
-    engine = twins.engine(PrivateMemory(twins.layout, 20))
-    told = []
-    release = engine.memory.release
-    engine.memory.release = lambda pages, turn=None, conversation=None: (told.append((turn, conversation)), release(pages))
+    """The last full block, the reason and the conversation; the block is there already."""
+    cache = DictionaryCache()
+    engine = twins.engine(CopyingMemory(twins.layout, 20, cache.connect(model="m", layout=twins.layout)))
     engine.add(prompt(20), Sampling(max_tokens=4), conversation="c1")
     aborted = engine.add(prompt(20, seed=2), Sampling(max_tokens=4), conversation="c2")
-    engine.step()
+    while not aborted[0].new_tokens:
+        engine.step()
     engine.abort(aborted)
     engine.add(prompt(20), Sampling(max_tokens=40, stop_tokens=tuple(range(128))))
     run(engine)
-    assert [hint for hint in told if hint[0]] == [("abort", "c2"), ("stop", None), ("length", "c1")]
+    engine.close()
+    first, second = (chain(prompt(16, seed=seed), 16) for seed in (1, 2))
+    assert set(cache.turns) == {(second, "abort", "c2"), (first, "stop", None), (first, "length", "c1")}
+    assert len(cache.turns) == 3
+    assert {name for _, name in cache.blocks} == {first, second}
 
 
 def test_loaded_blocks_are_the_stored_ones(twins: Twins) -> None:
@@ -309,10 +314,9 @@ def test_a_turn_that_ends_with_a_tool_call_says_so(twins: Twins) -> None:
     told = []
     for said in ("Let me see. <tool_call>{}</tool_call>", "No."):
         engine = Engine(twins.model, PrivateMemory(twins.layout, 20), Limits(), frozenset(range(128)))
-        release = engine.memory.release
-        engine.memory.release = lambda pages, turn=None, conversation=None, to=release: (told.append(turn), to(pages))
+        engine.memory.ended = lambda block, turn, conversation: told.append(turn)
         [sequence] = engine.add(prompt(20), Sampling(), tokenizer=SimpleNamespace(decode=lambda *_, **__: ""))
         sequence.text.whole = said
         run(engine)
         engine.check()
-    assert [turn for turn in told if turn] == ["tool_use", "end_turn"]
+    assert told == ["tool_use", "end_turn"]

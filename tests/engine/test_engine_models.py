@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tests.conftest import HAS_GPU
 from tierd.errors import Invalid
 from tierd_engine.llm import LLM
 from tierd_engine.model import fingerprint, layout_of, load_model
@@ -78,6 +79,9 @@ def test_an_unknown_dtype_and_a_foreign_device_are_refused(llama: Path, cache) -
         LLM(llama, dtype="int4")
     with pytest.raises(Invalid, match="'meta'"):
         LLM(llama, device="meta", connect=cache.connect)
+    if not HAS_GPU:
+        with pytest.raises(Invalid, match="finds no GPU that is 'cuda'"):
+            LLM(llama, device="cuda")
 
 
 def test_the_fingerprint_is_of_the_content(llama: Path, write_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engine.greedy import Greedy
 from tierd_engine.demo.processes import Daemon
+from tierd_engine.llm import LLM
 
 COMMAND = Path(sys.executable).parent / "tierd-engine"
 PAGES = 96
@@ -206,6 +207,7 @@ def test_a_client_that_goes_away_aborts_its_request(served: SimpleNamespace) -> 
         ({"model": "tiny", "prompt": "x", "n": 0}, 400, "sampling", "n 0"),
         ({"model": "tiny", "prompt": "x", "n": True}, 400, "n", "not of type int"),
         ({"model": "tiny", "prompt": "x", "max_tokens": 0}, 400, "max_tokens", "at least 1"),
+        ({"model": "tiny", "prompt": "x", "conversation": "c" * 129}, 400, "conversation", "1 to 128 are possible"),
         ({"model": "tiny", "prompt": "x", "stop": [""]}, 400, "sampling", "none of them empty"),
         ({"model": "tiny", "prompt": "x", "logprobs": 5}, 400, "logprobs", "not supported"),
         ({"model": "tiny", "prompt": ""}, 400, "request", "0 prompt"),
@@ -289,3 +291,23 @@ def test_every_series_is_documented(served: SimpleNamespace) -> None:
     exported = {(name, kind) for name, kind in exported if not name.endswith("_created")}
     text = (Path(__file__).parents[2] / "docs/engine.md").read_text()
     assert exported == set(re.findall(r"^\| `(tierd_engine_\w+)` \| (\w+) \|", text, flags=re.MULTILINE))
+
+
+def test_a_model_in_bfloat16_is_served(spoken: Path, tmp_path: Path) -> None:
+    """Over HTTP, without a daemon: the tokens are those that the same engine says in a program."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with (tmp_path / "server.log").open("w") as log:
+        command = [COMMAND, "serve", spoken, "--port", str(port), "--pages", "48", "--name", "tiny", "--dtype", "bfloat16"]
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        wait_until(lambda: get(url + "/health") is not None or process.poll() is not None, 60)
+        status, answer = post(url, {"model": "tiny", "prompt": SYSTEM, "max_tokens": 12, "temperature": 0})
+        with LLM(spoken, pages=48, dtype="bfloat16") as llm:
+            expected = llm.generate(SYSTEM, 12).text
+        assert status == 200 and answer["choices"][0]["text"] == expected
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -13,13 +14,16 @@ from threading import Thread
 
 import numpy as np
 import pytest
+import torch
 
+from tests.cuda.build import environ, load
 from tests.daemon.harness import Daemon
 from tests.engine.test_engine_schedules import NEW_MAX, PROMPTS, Twins, run
 from tests.engine.test_engine_tokens import prompt
 from tests.engine.tier import check_nothing_is_held, gpu_daemon, slots, tier_memory
 from tierd.block import chain
 from tierd.client.pages import PageClient
+from tierd.cuda import DeviceArray
 from tierd.errors import Invalid
 from tierd_engine.engine import Engine
 from tierd_engine.llm import LLM
@@ -103,6 +107,37 @@ def test_a_hit_is_the_page_in_which_another_engine_computed_it(twins: Twins, lau
     check_nothing_is_held(daemon, one, two)
     for engine in (one, two):
         engine.close()
+
+
+def test_pages_on_a_gpu_give_the_same_answers(
+    twins: Twins, launch: Callable[..., Daemon], emulation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tier is in the memory of a GPU that is emulated: prompts of three times its size, pages that come back from below and
+    a daemon that is killed and adopts it change no token. (Only torch is told that the addresses are host memory, as they are.)
+    """
+
+    def tensor_over(memory: DeviceArray) -> torch.Tensor:
+        size = memory.shape[0] * memory.shape[1]
+        return torch.frombuffer((ctypes.c_ubyte * size).from_address(memory.address), dtype=torch.uint8).view(memory.shape)
+
+    load(emulation)
+    monkeypatch.setattr("tierd_engine.tier.tensor_over", tensor_over)
+    daemon = launch(held=True, gpu_device="cuda:0", environ=environ(emulation))
+    engine = twins.engine(tier_memory(daemon, twins.layout, 14, device="cuda:0"), chunk_tokens=64)
+    done: list[Sequence] = []
+    for turn in range(3):
+        engine.scheduler.prefill_tokens_per_second = 0.0  # not measured yet: every load is worth its time
+        done += ask(engine, LONG[turn:] + LONG[:turn])
+        run(engine)
+        daemon.ask("sync", deadline_ms=20_000)
+        if turn == 1:
+            daemon.kill()
+            for is_alive in (False, True):
+                steps_until(engine, lambda is_alive=is_alive: engine.memory.client.alive is is_alive)  # type: ignore[misc]
+    check_answers(twins, done)
+    assert copied_bytes(daemon) > 0 and "adopted segments=" in daemon.log and "given up" not in daemon.log
+    check_nothing_is_held(daemon, engine)
+    engine.close()
 
 
 def test_answers_survive_a_tier_much_smaller_than_the_work(twins: Twins, launch: Callable[..., Daemon]) -> None:

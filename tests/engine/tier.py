@@ -19,12 +19,12 @@ SEGMENTS = 2
 PATIENCE_SECONDS = 20.0
 
 
-def gpu_daemon(folder: Path, held: bool = False, **values: Any) -> Daemon:
+def gpu_daemon(folder: Path, held: bool = False, environ: dict[str, str] | None = None, **values: Any) -> Daemon:
     """A daemon, not started yet, with two segments of gpu tier above two of cpu and many of nvme."""
     sizes = {"gpu": SEGMENTS, "cpu": 2, "nvme": 64}
     flags = {f"{tier}_bytes": count * SEGMENT_BYTES for tier, count in sizes.items()}
     flags |= {f"{tier}_segment_bytes": SEGMENT_BYTES for tier in sizes}
-    return Daemon(folder, settings(**(flags | {"cpu_huge_pages": "off"} | values)), held)
+    return Daemon(folder, settings(**(flags | {"cpu_huge_pages": "off"} | values)), held, **(environ or {}))
 
 
 def slots(layout: Layout) -> int:
@@ -32,11 +32,10 @@ def slots(layout: Layout) -> int:
     return SEGMENTS * Geometry.fit(layout, SEGMENT_BYTES).slot_count
 
 
-def tier_memory(daemon: Daemon, layout: Layout, pages: int, model: str = "m") -> TierMemory:
+def tier_memory(daemon: Daemon, layout: Layout, pages: int, model: str = "m", device: str = "cpu") -> TierMemory:
     """The daemon's slots as pages, and `pages` private ones."""
-    client = PageClient(
-        daemon.socket, model=model, layout=layout, pages_max=slots(layout), private_pages=pages, deadline_seconds=2.0
-    )
+    sizes = {"pages_max": slots(layout), "private_pages": pages}
+    client = PageClient(daemon.socket, model=model, layout=layout, deadline_seconds=2.0, device=device, **sizes)
     memory = TierMemory(layout, client)
     assert client.alive, client.trouble
     return memory

@@ -179,7 +179,8 @@ class CacheMachine(RuleBasedStateMachine):
         engines = [client for client in self.engines() if client.pages]
         client = engines[pick % len(engines)]
         held = [place for place, page in client.pages.items() for _ in range(page.times)]
-        self.world.release_pages(client, held[:count], Hint("stop", "c"))
+        self.world.cache.ended(client.pages[held[0]].block or ROOT, Hint("stop", "c"))
+        self.world.release_pages(client, held[:count])
 
     # -- moving -------------------------------------------------------------------------------------------------------
 

@@ -10,13 +10,12 @@ import numpy as np
 from tests.sim.clients import Client, Page, Place
 from tests.sim.world import World
 from tierd.block import ROOT
-from tierd.core.plan import NAMED, UNNAMED, Hint
+from tierd.core.plan import NAMED, UNNAMED
 from tierd.core.pool import FILLING
 from tierd.errors import Busy
 
 Naming = tuple[Place, bytes, bytes]
 """A page, its parent and its hash."""
-NO_HINT = Hint(None, None)
 GPU = 0
 """The place of the gpu tier where there is one."""
 
@@ -70,10 +69,10 @@ class PagedWorld(World):
                     self._hold(client, self._place(tier, code), block)
         return codes
 
-    def release_pages(self, client: Client, places: list[Place], hint: Hint = NO_HINT) -> None:
+    def release_pages(self, client: Client, places: list[Place]) -> None:
         """Let go of pages, once for each time that they are there."""
         numbers = [self._number(client.tier, place) for place in places]
-        self.cache.release_pages(client.id, np.array(numbers, np.int32), hint)
+        self.cache.release_pages(client.id, np.array(numbers, np.int32))
         for place in places:
             client.pages[place].times -= 1
             if not client.pages[place].times:

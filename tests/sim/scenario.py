@@ -237,8 +237,10 @@ class Scenario:
     def _release_pages(self) -> None:
         if (client := self._engine()) and client.pages:
             held = [place for place, page in client.pages.items() for _ in range(page.times)]
-            hint = self.dice.choice((Hint(None, None), Hint("tool_use", "c")))
-            self.world.release_pages(client, self.dice.sample(held, self.dice.randint(1, len(held))), hint)
+            let_go = self.dice.sample(held, self.dice.randint(1, len(held)))
+            if block := client.pages[let_go[-1]].block:
+                self.world.cache.ended(block, Hint("tool_use", "c"))
+            self.world.release_pages(client, let_go)
 
     # -- the daemon ---------------------------------------------------------------------------------------------------
 

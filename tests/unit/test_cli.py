@@ -96,7 +96,7 @@ def test_a_wrong_configuration_ends_with_two_before_anything_is_made(tmp_path: P
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("command", ["status", "sync"])
+@pytest.mark.parametrize("command", ["status", "sync", "reload"])
 def test_without_a_daemon_commands_end_with_three(command: str, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the socket and how to start a daemon."""
     assert main([command, "--runtime-dir", str(short_path)]) == UNREACHABLE
@@ -109,7 +109,7 @@ STATUS = {
     "uptime_seconds": 93_784.5,
     "socket": "/run/tierd/tierd.sock",
     "metrics": "",
-    "io": {"engine": "posix", "path": "direct"},
+    "io": {"engine": "posix", "path": "direct", "gpu": "none"},
     "tiers": {"cpu": {"used_bytes": 3 << 29, "limit_bytes": 3 << 30, "slots": {"free": 7, "ready": 1234}}},
     "lookup_blocks": {"cpu": 750, "nvme": 0, "miss": 250},
     "evicted_blocks": {"cpu.clean": 1000, "cpu.drop": 0},

@@ -164,6 +164,9 @@ def test_misuse_raises_and_asks_nobody(daemon: Daemon, memory: Memory, connect: 
         for method in (client.load, client.store):
             with pytest.raises(Invalid):
                 method(*arguments)
+    for turn in ((names(1)[:-1], "stop"), (names(1), "bored"), (names(1), "stop", "x" * 129)):
+        with pytest.raises(Invalid):
+            client.ended(*turn)
     for options in ({"deadline_seconds": 0}, {"copy_threads": 0}, {"copy_threads": 65}):
         with pytest.raises(Invalid):
             connect(**options)

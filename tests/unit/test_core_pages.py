@@ -128,9 +128,9 @@ def test_what_a_session_does_not_hold_it_cannot_name_or_release() -> None:
         with pytest.raises(Invalid, match="not held"):
             world.cache.commit_pages(session.id, np.array(slots, np.int32), ROOT, block, world.now)
         with pytest.raises(Invalid, match="more often"):
-            world.cache.release_pages(session.id, np.array(slots, np.int32), Hint(None, None))
+            world.cache.release_pages(session.id, np.array(slots, np.int32))
     with pytest.raises(Invalid, match="more often"):
-        world.cache.release_pages(client.id, np.array([mine, mine], np.int32), Hint(None, None))
+        world.cache.release_pages(client.id, np.array([mine, mine], np.int32))
     with pytest.raises(Invalid, match="twice"):
         world.cache.commit_pages(client.id, np.array([mine, mine], np.int32), ROOT + block, block * 2, world.now)
     with pytest.raises(Invalid, match="64 and 32 bytes"):
@@ -151,15 +151,17 @@ def test_a_chain_that_bites_its_tail_is_refused() -> None:
     world.check()
 
 
-def test_a_hint_stays_with_the_last_block_that_was_let_go() -> None:
-    """Why a turn ended is counted, and kept where the next turn would continue."""
+def test_a_hint_stays_with_the_last_block_of_a_turn() -> None:
+    """Why a turn ended is counted, and kept where the next turn would continue; a turn without a block is counted too."""
     world, client = three()
     hashes = chain(range(4))
     places = compute(world, client, hashes)
-    world.release_pages(client, places, Hint("tool_use", "talk"))
+    world.cache.ended(hashes[-1], Hint("tool_use", "talk"))
+    world.cache.ended(ROOT, Hint("tool_use", None))
+    world.release_pages(client, places)
     entry = world.cache.index.find(hashes[-1])
     assert entry and entry[0].hint == Hint("tool_use", "talk")
-    assert world.cache.counters["turn", "tool_use"] == 1
+    assert world.cache.counters["turn", "tool_use"] == 2
 
 
 # -- lives ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.test_io_engines import need_kvikio
+from tests.cuda.build import environ, with_cufile
 from tierd.config import Config
 from tierd.doctor import gpu, memory, storage
 from tierd.doctor.finding import ERROR, LEVELS, NOTE, OK, WARNING, Finding
@@ -117,6 +119,22 @@ def test_a_machine_without_an_nvme_tier_is_told_what_it_loses(tmp_path: Path) ->
     """And nothing is written anywhere."""
     [finding] = storage.examine(Machine(tmp_path), config_of(tmp_path, nvme_bytes="0"))
     assert finding.level == NOTE and not list(tmp_path.iterdir())
+
+
+def test_gds_is_tried_where_the_gpu_tier_is_on_a_gpu(tmp_path: Path, emulation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the daemon's own trial: what is missing is a warning, and an error where it is required; what works is said."""
+    need_kvikio()
+    on_gpu = {"gpu_bytes": "1GiB", "gpu_device": "cuda:0", "nvme_probe_seconds_max": "60"}
+    for variables, settings, level, says in (
+        (environ(emulation, KVIKIO_COMPAT_MODE="ON"), {}, WARNING, "kvikio is in its compatibility mode"),
+        (environ(emulation, KVIKIO_COMPAT_MODE="ON"), {"nvme_require_gds": "true"}, ERROR, "kvikio is in its"),
+        (with_cufile(emulation), {}, OK, "it works, and is faster in"),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        found = [*storage.examine(Machine(), config_of(tmp_path, **on_gpu, **settings))][-1]
+        assert (found.check, found.level) == ("gds in use", level) and says in found.found
+    assert "gds in use" not in levels([*storage.examine(Machine(), config_of(tmp_path))])
 
 
 def test_the_command_examines_this_machine(tmp_path: Path) -> None:

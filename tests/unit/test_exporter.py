@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,40 @@ def test_metrics_are_served(served: Exporter) -> None:
     status, body = get(served.port, "/metrics")
     assert status == 200
     assert "tierd_example_blocks_total 3.0" in body
+
+
+def test_a_scraper_that_takes_other_formats_gets_plain_text_too(served: Exporter) -> None:
+    """What Prometheus itself asks for, OpenMetrics and gzip, would cost the daemon twice the time."""
+    wanted = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5", "Accept-Encoding": "gzip"}
+    connection = HTTPConnection("127.0.0.1", served.port, timeout=5)
+    connection.request("GET", "/metrics", headers=wanted)
+    response = connection.getresponse()
+    assert (response.getheader("Content-Type") or "").startswith("text/plain; version=0.0.4")
+    assert response.getheader("Content-Encoding") is None
+    assert response.read().startswith(b"# HELP ")
+    connection.close()
+
+
+def test_a_unix_socket_is_served_replaced_when_dead_and_left_to_who_lives(tmp_path: Path) -> None:
+    """It has the mode that it was given; a second daemon is told the key to change; what a dead one left is replaced."""
+    path = tmp_path / "metrics.sock"
+    first, second = (Exporter(CollectorRegistry(), State(), path, socket_mode=0o600) for _ in range(2))
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    first.start()
+    try:
+        assert (first.address, path.stat().st_mode & 0o777) == (str(path), 0o600)
+        with pytest.raises(Invalid, match=r"another daemon listens on .*set another metrics\.socket"):
+            second.start()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            client.connect(str(path))
+            client.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+            assert b"200 OK" in client.recv(4096)
+    finally:
+        first.close()
+    second.close()
+    assert not path.exists()
 
 
 def test_health_follows_the_daemon(served: Exporter, state: State) -> None:
@@ -151,3 +186,25 @@ def test_closing_ends_connections_and_frees_the_port(served: Exporter) -> None:
     again = Exporter(CollectorRegistry(), State(), f"127.0.0.1:{served.port}")
     again.start()
     again.close()
+
+
+def test_a_socket_of_the_service_manager_is_served_and_stays_open(state: State) -> None:
+    """Whoever connected before there was a daemon is answered by it; after its end others wait in the manager's queue."""
+    with socket.create_server(("127.0.0.1", 0)) as managers:
+        port = managers.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as early:
+            early.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+            mine = Exporter(CollectorRegistry(), state, f"127.0.0.1:{port}", made=managers.dup())
+            mine.start()
+            assert early.recv(100).startswith(b"HTTP/1.0 200 OK")
+        mine.close()
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+@pytest.mark.parametrize("listen", ["", "127.0.0.1:9475"])
+def test_a_socket_elsewhere_than_configured_is_refused(listen: str, state: State) -> None:
+    """Both addresses and the remedy are named."""
+    with socket.create_server(("127.0.0.1", 0)) as managers:
+        port = managers.getsockname()[1]
+        with pytest.raises(Invalid, match=f"listens on 127.0.0.1:{port}, metrics.listen = '{listen}': make ListenStream="):
+            Exporter(CollectorRegistry(), state, listen, made=managers).start()

@@ -211,8 +211,8 @@ def test_what_is_not_for_the_holder_goes_to_the_outer_manager(tmp_path: Path, mo
         outer.settimeout(10)
         outer.bind(str(tmp_path / "o"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "o"))
-        hold(tmp_path, 'systemd.store("a", [0]); systemd.notify("READY=1\\nSTATUS=up\\nMAINPID=1"); systemd.stopping()')
-        assert [outer.recv(100) for _ in range(2)] == [b"READY=1\nSTATUS=up", b"STOPPING=1"]
+        hold(tmp_path, 'systemd.store("a", [0]); systemd.notify("READY=1\\nSTATUS=up\\nMAINPID=1"); systemd.stopping(1)')
+        assert [outer.recv(100) for _ in range(2)] == [b"READY=1\nSTATUS=up", b"STOPPING=1\nEXTEND_TIMEOUT_USEC=1000000"]
 
 
 def test_a_store_keeps_order_and_closes_what_it_gives_up() -> None:

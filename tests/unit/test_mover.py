@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.core.plan import DEMAND, PREFETCH, WRITE_BACK, Transfer
+from tierd.core.plan import DEMAND, IO_ERROR, PREFETCH, WRITE_BACK, Transfer
 from tierd.layout import Layout
 from tierd.mover import Mover
 from tierd.tiers.segment import Medium
@@ -75,3 +75,30 @@ def test_a_prefetch_that_somebody_waits_for_comes_when_a_demand_would() -> None:
     """It goes before what was asked for after it, and before other prefetches."""
     transfers = [(1, WRITE_BACK), (2, PREFETCH), (3, PREFETCH), (4, DEMAND)]
     assert order_of(transfers, hastened=(3,)) == [1, 3, 4, 2]
+
+
+def test_memory_that_cannot_be_copied_is_a_failed_transfer() -> None:
+    """What a GPU refuses fails with its blocks, and the thread goes on with what comes next."""
+
+    class Broken(Memory):
+        """Memory of a GPU that has been lost."""
+
+        def payloads(self, slots: NDArray[np.int32]) -> list[NDArray[np.uint8]]:
+            raise OSError("the GPU is lost")
+
+        def finish(self, transfer: Transfer, outcome: NDArray[np.uint8], now: int) -> None:
+            assert (outcome == IO_ERROR).all()
+            self.finished.append(transfer.id)
+
+    async def story() -> list[int]:
+        memory, ended = Broken(), asyncio.Event()
+        mover = Mover(1, lambda space, transfer: len(memory.finished) == 2 and ended.set())
+        for number in (1, 2):
+            slots = np.zeros(3, np.int32)
+            transfer = Transfer(number, DEMAND, "cpu", "gpu", slots, slots, bytes(96), bytes(96))
+            mover.submit(memory, transfer)  # type: ignore[arg-type]
+        await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
+        await mover.close()
+        return memory.finished
+
+    assert asyncio.run(story()) == [1, 2]

@@ -94,7 +94,7 @@ def test_a_header_with_any_damaged_byte_is_refused() -> None:
     ("offset", "value", "complaint"),
     [
         (8, struct.pack("<I", 2), "version is 2, this tierd reads 1"),
-        (12, struct.pack("<I", 3), "medium is 3"),
+        (12, struct.pack("<I", 4), "medium is 4"),
         (32, bytes(32), "do not fit together"),
         (96, struct.pack("<Q", 512), "blocks of 512 bytes, its layout 256"),
         (112, struct.pack("<I", 0), "0 slots"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import shutil
@@ -14,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.fake_daemon import Daemon
+from tests.unit.fake_daemon import LIMITS, Daemon
 from tests.unit.peer import BYE, STATS, Peer, Scripted, wait_until
 from tierd.errors import Invalid
-from tierd.server import Connection, listen
+from tierd.listening import listen, taken_over
+from tierd.server import Connection, Server
 from tierd.wire.framing import encode
 from tierd.wire.messages import Request
 from tierd.wire.peer import has_ended, peer_of, pidfd_by_number
@@ -173,3 +175,33 @@ def test_a_socket_that_was_replaced_is_not_unlinked(tmp_path: Path) -> None:
     server.close()
     assert server.path.exists()
     successor.close()
+
+
+def test_a_socket_of_the_service_manager_is_not_made_or_removed_by_us(short_path: Path) -> None:
+    """Who connected before is served, and after the end the path still leads to the manager's queue."""
+    path = short_path / "s"
+
+    async def story() -> None:
+        with listen(path, 0o660) as managers, socket.socket(socket.AF_UNIX) as early:
+            early.connect(str(path))
+            server = Server(path, 0o660, Scripted(), LIMITS, inherited=managers.dup())
+            await server.start()
+            while not server.connections:
+                await asyncio.sleep(0.001)
+            server.leave_queue()
+            with socket.socket(socket.AF_UNIX) as late:
+                late.connect(str(path))
+                await server.close()
+                assert early.recv(1) == b""
+                accepted, _ = managers.accept()  # by the next life
+                accepted.close()
+
+    asyncio.run(asyncio.wait_for(story(), 20))
+    assert path.is_socket()
+
+
+def test_a_socket_at_another_path_than_configured_is_refused(short_path: Path) -> None:
+    """Both paths and the remedy are named."""
+    says = rf"listens on {short_path}/s, server\.socket = {short_path}/t: make ListenStream="
+    with listen(short_path / "s", 0o660) as managers, pytest.raises(Invalid, match=says):
+        taken_over(managers, short_path / "t")

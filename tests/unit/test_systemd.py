@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tierd import systemd
+from tierd.clock import monotonic_seconds
 from tierd.errors import Invalid
 
 
@@ -54,8 +55,21 @@ def test_a_manager_that_went_away_is_no_error(monkeypatch: pytest.MonkeyPatch) -
 
 def test_states_arrive_as_lines(manager: socket.socket) -> None:
     """Ready, stopping and a status that stays on its line."""
-    assert systemd.ready() and systemd.stopping() and systemd.status("two\nlines")
-    assert [received(manager)[0] for _ in range(3)] == ["READY=1", "STOPPING=1", "STATUS=two lines"]
+    assert systemd.ready() and systemd.stopping(1.5) and systemd.status("two\nlines")
+    assert [received(manager)[0] for _ in range(3)] == [
+        "READY=1",
+        "STOPPING=1\nEXTEND_TIMEOUT_USEC=1500000",
+        "STATUS=two lines",
+    ]
+
+
+def test_a_reload_comes_with_its_time(manager: socket.socket) -> None:
+    """systemd from 253 on waits for ever without it, in microseconds of the monotonic clock."""
+    before = int(monotonic_seconds() * 1e6)
+    assert systemd.reloading()
+    first, second = received(manager)[0].splitlines()
+    assert first == "RELOADING=1"
+    assert before <= int(second.removeprefix("MONOTONIC_USEC=")) <= monotonic_seconds() * 1e6
 
 
 def test_descriptors_travel_with_their_name(manager: socket.socket) -> None:

@@ -20,6 +20,8 @@ OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMANDS = {
     "serve": "run the daemon",
     "status": "show what a running daemon holds",
+    "reload": "have a running daemon read its configuration again",
+    "install-service": "write the systemd units for this environment, or remove them again",
     "sync": "wait until everything admitted so far is on NVMe",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
     "doctor": "say what this machine lacks, and what to do about it",
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def choose(given: list[str]) -> str:
     """The command's name; prints help or usage and exits when there is none."""
-    commands = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:15} {text}" for name, text in COMMANDS.items())
     codes = "exit codes: 0 done, 1 failed, 2 usage or configuration, 3 daemon not reachable, 130 interrupted"
     parser = argparse.ArgumentParser(
         prog="tierd",
@@ -65,7 +67,7 @@ def choose(given: list[str]) -> str:
 
 
 def run(name: str, rest: list[str]) -> int:
-    command = import_module(f"tierd.cli.{name}")
+    command = import_module(f"tierd.cli.{name.replace('-', '_')}")
     if name == "hold":  # What follows `--` is another command's line: not ours to parse.
         return int(command.main(rest))
     parser = argparse.ArgumentParser(prog=f"tierd {name}", description=command.__doc__, allow_abbrev=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 from tierd.cli.options import add_config_arguments, load_config
 from tierd.config import FLAGS
@@ -15,7 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Check the configuration, then be the daemon."""
-    config = load_config(options)
+    load_config(options)
     from tierd import daemon  # A wrong configuration is told before uvloop and numpy are loaded.
 
-    return daemon.run(config)
+    return daemon.run(partial(load_config, options))

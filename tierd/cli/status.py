@@ -32,8 +32,9 @@ def run(options: Namespace) -> int:
 
 def page(status: Mapping[str, Any]) -> Iterator[str]:
     """The lines that a person wants to see first."""
-    engine, path = status["io"]["engine"], status["io"]["path"]
+    engine, path, gpu = (status["io"][name] for name in ("engine", "path", "gpu"))
     io = f"nvme by {engine}, {path}" if engine != "none" else "no nvme"
+    io += "" if gpu == "none" else f", gpu by {gpu}"
     yield f"tierd {status['version']}, pid {status['pid']}, up {duration(status['uptime_seconds'])}, {io}"
     yield f"socket   {status['socket']}"
     yield f"metrics  {'http://' + status['metrics'] + '/metrics' if status['metrics'] else 'off'}"

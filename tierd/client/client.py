@@ -12,12 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from tierd.block import HASH_BYTES, ROOT
 from tierd.client.context import Context
 from tierd.client.lookup import Lookup
+from tierd.client.pins import Pins
 from tierd.client.session import Session
 from tierd.client.store import Stored, Storing
-from tierd.client.transfer import Copier, as_pages, as_rows
+from tierd.client.transfer import Copier, Pool, as_pages, as_pool
 from tierd.errors import Invalid
 from tierd.layout import Layout
-from tierd.wire.messages import PROTOCOL_VERSION
+from tierd.wire.messages import DATA, PROTOCOL_VERSION, TURN_ENDS, check_values
 
 COPY_THREADS_MAX = 64
 
@@ -57,6 +58,7 @@ class Client:
         }
         self.session = Session(Path(socket) if socket else default_socket(), hello, layout, deadline_seconds)
         self.copier = Copier(layout.block_bytes, copy_threads)
+        self._pins: Pins | None = None
         self._context = Context(self.session, self.copier, layout, deadline_seconds)
 
     def __repr__(self) -> str:
@@ -68,15 +70,16 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, hashes: bytes, pool: NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> int:
-        """Copy the longest prefix that tierd has into `pool[pages[i]]`; returns its length in blocks, 0 for a miss.
+    def load(self, hashes: bytes, pool: Pool | NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> int:
+        """Copy the longest prefix that tierd has into `pages` of `pool`; returns its length in blocks, 0 for a miss.
 
-        hashes: 32 bytes a block, head first, behind `parent`. pool: C-contiguous `[pages, ...]` with one block a page.
-        pages: one page number a block. Pages behind the prefix may have been written to.
+        hashes: 32 bytes a block, head first, behind `parent`. pool: C-contiguous `[pages, ...]` with one block a page, or
+        a Pool that knows where its pages are. pages: one page number a block. Pages behind the prefix may have been
+        written to.
         """
         self._context.check_process()
         blocks = check_hashes(hashes, parent)
-        rows = as_rows(pool, self.layout.block_bytes, writable=True)
+        rows = as_pool(pool, self.layout.block_bytes, writable=True)
         targets = as_pages(pages, rows)
         check_length(blocks, len(targets))
         done = 0
@@ -90,14 +93,14 @@ class Client:
             parent = hashes[(done - 1) * HASH_BYTES : done * HASH_BYTES]
         return done
 
-    def store(self, hashes: bytes, pool: NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> Stored:
-        """Copy `pool[pages[i]]` into tierd where it does not have the block already; arguments as for `load`.
+    def store(self, hashes: bytes, pool: Pool | NDArray[np.generic], pages: ArrayLike, parent: bytes = ROOT) -> Stored:
+        """Copy `pages` of `pool` into tierd where it does not have the block already; arguments as for `load`.
 
         Returns counts that sum to the blocks asked. Returns once what was written can be found by others.
         """
         self._context.check_process()
         blocks = check_hashes(hashes, parent)
-        rows = as_rows(pool, self.layout.block_bytes, writable=False)
+        rows = as_pool(pool, self.layout.block_bytes, writable=False)
         sources = as_pages(pages, rows)
         check_length(blocks, len(sources))
         if not blocks:
@@ -130,10 +133,26 @@ class Client:
             blocks = int(reply["blocks"])
         return blocks
 
+    def pin(self, pins: Pins) -> None:
+        """Have segments registered with a GPU's driver in the background, now and when they come; closed with the client."""
+        self._pins = pins
+        self.session.segments.pin(pins)
+
+    def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
+        """Say why a turn ended, for policies: a result of a tool call is awaited sooner than a next question.
+
+        block: the hash (32 bytes) of the turn's last full block, ROOT if it has none. turn: "tool_use", "end_turn", "stop",
+        "length" or "abort". conversation: up to 128 characters.
+        """
+        self._context.check_process()
+        arguments = turn_ended(block, turn, conversation)
+        with self._context.missing("ended"):
+            self.session.connection().tell("ended", arguments, self.deadline_seconds)
+
     @property
     def statistics(self) -> dict[str, Any]:
         """Counts since the start, among them `failures` by kind and `tiers`: blocks looked up by where they were."""
-        return self._context.statistics()
+        return self._context.statistics() | (self._pins.statistics() if self._pins else {})
 
     def close(self) -> None:
         """Give everything back and disconnect; copies of other threads are waited for, at most the deadline."""
@@ -141,6 +160,8 @@ class Client:
             return  # the parent's connection, mappings and threads are none of this child's business
         self.session.close()
         self.copier.close()
+        if self._pins:
+            self._pins.close(self.deadline_seconds)
 
     def _lookup(self, hashes: bytes, parent: bytes) -> Lookup:
         asked = min(len(hashes) // HASH_BYTES, self.session.blocks_max)
@@ -177,6 +198,14 @@ def check_hashes(hashes: bytes, parent: bytes) -> int:
     if not isinstance(parent, bytes) or len(parent) != HASH_BYTES:
         raise Invalid(f"parent must be {HASH_BYTES} bytes (ROOT for the start of a chain), not {parent!r:.80}")
     return len(hashes) // HASH_BYTES
+
+
+def turn_ended(block: bytes, turn: str, conversation: str | None) -> dict[str, Any]:
+    """Arguments of `ended`; raises Invalid when the daemon would refuse them."""
+    check_hashes(b"", block)
+    if turn not in TURN_ENDS:
+        raise Invalid(f"turn {turn!r} is not one of {', '.join(TURN_ENDS)}")
+    return check_values("ended", {"block": block, "turn": turn, "conversation": conversation}, DATA["ended"])
 
 
 def check_length(blocks: int, pages: int) -> None:

@@ -80,5 +80,5 @@ class Context:
             self._failures[kind] += 1
             first = kind not in self._logged
             self._logged.add(kind)
-        if first and kind in ("invalid", "internal"):
+        if first and kind in ("invalid", "internal", "copy"):
             log.warning("tierd %s failed and counts as a miss: %s", verb, error, exc_info=kind == "internal")

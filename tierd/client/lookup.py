@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tierd.client.connection import Connection, NoAnswer, Ticket
 from tierd.client.context import Context
-from tierd.client.transfer import Pages, Pool, as_pages, as_rows
+from tierd.client.transfer import Pages, Pool, as_pages, as_pool
 from tierd.errors import Busy, Closed, Invalid
 from tierd.wire.messages import READING, unpack_slots
 
@@ -54,17 +54,16 @@ class Lookup:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def copy_into(self, pool: NDArray[np.generic], pages: ArrayLike, first: int = 0, count: int | None = None) -> int:
-        """Copy blocks `first` to `first + count` into `pool[pages]`; returns how many leading ones arrived.
+    def copy_into(self, pool: Pool | NDArray[np.generic], pages: ArrayLike, first: int = 0, count: int | None = None) -> int:
+        """Copy blocks `first` to `first + count` into `pages` of `pool`; returns how many leading ones arrived.
 
-        pool is C-contiguous `[pages, ...]` with one block a page; pages has one number per block (default count: as
-        many as there are). Waits for blocks that are not in memory yet, for each answer at most the deadline. Where
-        not all blocks were told at once, each is given back when it is copied, and can be copied once. Raises Invalid
-        for misuse.
+        pool is as for `Client.load`; pages has one number per block (default count: as many as there are). Waits for
+        blocks that are not in memory yet, for each answer at most the deadline. Where not all blocks were told at once,
+        each is given back when it is copied, and can be copied once. Raises Invalid for misuse.
         """
         context = self._context
         context.check_process()
-        rows = as_rows(pool, context.layout.block_bytes, writable=True)
+        rows = as_pool(pool, context.layout.block_bytes, writable=True)
         targets = as_pages(pages, rows)
         count = min(len(targets), self.blocks - first) if count is None else count
         if not 0 <= first <= first + count <= self.blocks or count > len(targets):

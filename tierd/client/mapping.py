@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any
@@ -24,7 +25,8 @@ from tierd.memory import advise, map_shared, unmap, view
 HEADER = Struct("<8s2I16s32s16s4Q2I6Q")
 CRC = Struct("<I")
 CRC_OFFSET = PAGE_BYTES - CRC.size
-MAGIC, VERSION, MEDIUM_MEMORY = b"TIERDSEG", 1, 1
+MAGIC, VERSION = b"TIERDSEG", 1
+MEDIUM_MEMORY, MEDIUM_DEVICE = 1, 3
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 STATE_BYTES = 8
 
@@ -46,6 +48,8 @@ class Mapping:
         self.namespace: bytes = header.namespace
         self.users = 0
         self.wanted = True
+        self.unpin: Callable[[], None] | None = None
+        """What has to be called before the slots are unmapped, because a driver knows them."""
         self._pid = os.getpid()
         self._areas: list[tuple[int, int]] = []
         try:
@@ -57,19 +61,15 @@ class Mapping:
         self.state: NDArray[np.uint64] = np.ndarray(header.slot_count, "<u8", directory, header.state_offset)
         self.state.flags.writeable = False
         self.slots: NDArray[np.uint8] = np.ndarray((header.slot_count, header.slot_bytes), np.uint8, slots)
-        self._first_slot, self._slot_bytes = self.slots.ctypes.data, header.slot_bytes
 
     def __repr__(self) -> str:
         return f"<Mapping {self.segment.hex()[:8]}: {self.users} users, {'wanted' if self.wanted else 'given up'}>"
 
-    def addresses(self, indexes: NDArray[np.int64]) -> list[int]:
-        """Where slots begin that are known to be in the segment."""
-        addresses: list[int] = (self._first_slot + indexes * self._slot_bytes).tolist()
-        return addresses
-
     def close(self) -> None:
         """Unmap; nothing may use the views any more. In a forked child there is nothing to unmap."""
         assert self.users == 0, f"{self} is in use"
+        if self.unpin and os.getpid() == self._pid:
+            self.unpin()
         self.state, self.slots = np.empty(0, np.uint64), np.empty((0, 0), np.uint8)
         areas, self._areas = self._areas, []
         for address, length in areas if os.getpid() == self._pid else ():
@@ -96,13 +96,12 @@ class Header:
     state_offset: int
 
 
-def read_header(page: bytes) -> Header:
-    """Read a memory segment's header; raises Invalid when it is damaged or something else."""
+def read_header(page: bytes, wanted: int = MEDIUM_MEMORY) -> Header:
+    """Read the header of a segment of a medium; raises Invalid when it is damaged or something else."""
     if len(page) != PAGE_BYTES:
         raise Invalid(f"segment header has {len(page)} bytes, not {PAGE_BYTES}")
     magic, version, medium, segment, namespace, fingerprint, _, _, payload, slot, count, _, state, *_ = HEADER.unpack_from(page)
-    if (magic, version, medium) != (MAGIC, VERSION, MEDIUM_MEMORY):
-        expected = (MAGIC, VERSION, MEDIUM_MEMORY)
+    if (magic, version, medium) != (expected := (MAGIC, VERSION, wanted)):
         raise Invalid(f"segment has magic, version and medium {(magic, version, medium)}, this client maps {expected}")
     if (crc := CRC.unpack_from(page, CRC_OFFSET)[0]) != (found := zlib.crc32(memoryview(page)[:CRC_OFFSET])):
         raise Invalid(f"segment header crc is {crc:#010x}, its bytes give {found:#010x}: damaged")

@@ -1,15 +1,13 @@
 """The memory of a paged engine: one range of addresses, in which page number and slot number are the same.
 
-The range is reserved once and never moves. A segment is mapped at the place of its ordinal, so its slots are pages at
-once; a place without a segment cannot be touched (SIGSEGV). Behind all slots there are private pages, which no daemon
-knows. A place is given up only when no page in it is held, whatever became of the daemon: until then a new segment of
-the same ordinal waits for it.
+The range is reserved once and never moves, in host memory or in a GPU's (`ranges`). A segment is mapped at the place of its
+ordinal, so its slots are pages at once; a place without a segment cannot be touched (SIGSEGV). Behind all slots there are
+private pages, which no daemon knows. A place is given up only when no page in it is held, whatever became of the daemon: until
+then a new segment of the same ordinal waits for it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.client.mapping import check_descriptor, check_header, read_header
+from tierd.client.ranges import DeviceRange, HostRange, Range
+from tierd.cuda import Device
 from tierd.errors import Busy, Invalid
 from tierd.layout import PAGE_BYTES, Layout
-from tierd.memory import FIXED, NORESERVE, advise, map_at, unmap
-
-PROT_NONE = 0
-NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
-READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 Pages = NDArray[np.int32]
 
@@ -51,26 +46,35 @@ class Place:
 class PageMemory:
     """`pages` is uint8 `[pages_max + private_pages, slot_bytes]`; `held` counts (int32) how often each slot is held."""
 
-    def __init__(self, layout: Layout, pages_max: int, private_pages: int) -> None:
-        self.layout, self.pages_max = layout, pages_max
+    def __init__(self, layout: Layout, pages_max: int, private_pages: int, device: Device | None = None) -> None:
+        self.layout, self.pages_max, self.device = layout, pages_max, device
         self.private = range(pages_max, pages_max + private_pages)
         self.held: NDArray[np.int32] = np.zeros(pages_max, np.int32)
         self.places: dict[int, Place] = {}
         self._waiting: dict[int, tuple[Place, int]] = {}
         """Segments whose place is not free yet, with the descriptor of their slots; by ordinal."""
-        self._length = (pages_max + private_pages) * layout.slot_bytes
-        self._base = self._map(0, self._length, PROT_NONE, NOTHING)
-        if private_pages:
-            self._map(self._address(pages_max), private_pages * layout.slot_bytes, READ_WRITE, NOTHING | FIXED)
-        memory = memoryview((ctypes.c_ubyte * self._length).from_address(self._base)).cast("B")
-        self.pages: NDArray[np.uint8] = np.ndarray((pages_max + private_pages, layout.slot_bytes), np.uint8, memory)
+        slot_bytes, count = layout.slot_bytes, pages_max + private_pages
+        # A GPU rounds the private pages up to whole units, and they begin where the slots end.
+        if device is not None and private_pages and pages_max * slot_bytes % device.granularity:
+            unit = f"whole units of {device.granularity} bytes of GPU memory"
+            raise Invalid(f"pages_max = {pages_max} slots of {slot_bytes} bytes do not fill {unit}: use a power of two")
+        try:
+            self._range: Range = DeviceRange(count * slot_bytes, device) if device else HostRange(count * slot_bytes)
+            if private_pages:
+                self._range.own(pages_max * slot_bytes, private_pages * slot_bytes)
+        except OSError as error:
+            raise Busy(f"{count * slot_bytes} bytes cannot be mapped: {error}") from error
+        self.pages: Any = self._range.rows(count, slot_bytes)
 
     def attach(self, attached: dict[str, Any], directory_fd: int, slots_fd: int) -> None:
-        """Take a segment that the daemon gives; the descriptors stay the caller's. Raises Invalid when it is not one."""
+        """Take a segment that the daemon gives; the descriptors stay the caller's.
+
+        Raises Invalid when it is not one, Busy when it cannot be mapped.
+        """
         check_descriptor("directory", directory_fd, attached["directory_bytes"])
-        check_descriptor("slots", slots_fd, attached["slots_bytes"])
-        header = read_header(os.pread(directory_fd, PAGE_BYTES, 0))
+        header = read_header(os.pread(directory_fd, PAGE_BYTES, 0), self._range.medium)
         check_header(header, attached, self.layout)
+        self._range.check(slots_fd, attached["slots_bytes"])
         ordinal, size = attached["ordinal"], attached["slots"] * attached["slot_bytes"]
         if attached["slots_bytes"] != size:
             raise Invalid(f"a segment of pages has {attached['slots_bytes']} bytes of slots, not {size}: without gaps")
@@ -84,21 +88,29 @@ class PageMemory:
             self._waiting[ordinal] = new, os.dup(slots_fd)
             if place is not None:
                 place.current = False
-            self.settle()
+            if trouble := self.settle():
+                raise Busy(trouble)
 
-    def settle(self) -> None:
-        """Give up places that are neither current nor held, and map what waits for them."""
+    def settle(self) -> str:
+        """Give up places that are neither current nor held, and map what waits for them.
+
+        Returns what could not be mapped: its slots have no pages here, and go back when they are given.
+        """
+        trouble = ""
         for ordinal, place in list(self.places.items()):
             if not place.current and not self.held[place.slots].any():
-                self._map(self._address(place.first), place.count * self.layout.slot_bytes, PROT_NONE, NOTHING | FIXED)
+                self._range.clear(*self._where(place))
                 del self.places[ordinal]
         for ordinal, (place, descriptor) in list(self._waiting.items()):
             if ordinal not in self.places:
-                size = place.count * self.layout.slot_bytes
-                self._map(self._address(place.first), size, READ_WRITE, mmap.MAP_SHARED | FIXED, descriptor)
-                self.places[ordinal] = place
+                try:
+                    self._range.map(*self._where(place), descriptor)
+                    self.places[ordinal] = place
+                except OSError as error:
+                    trouble = f"segment {place.segment.hex()} cannot be mapped: {error.strerror}"
                 del self._waiting[ordinal]
                 os.close(descriptor)
+        return trouble
 
     def give_back(self, segments: set[bytes] | None = None) -> None:
         """These segments are the daemon's again, by default all; those with pages that are held stay mapped."""
@@ -150,15 +162,8 @@ class PageMemory:
         """Give the whole range back; nobody may touch it any more."""
         self.give_back()
         self.pages = np.empty((0, 0), np.uint8)
-        unmap(self._base, self._length)
+        self._range.close()
 
-    def _address(self, page: int) -> int:
-        return self._base + page * self.layout.slot_bytes
-
-    def _map(self, address: int, length: int, protection: int, flags: int, descriptor: int = -1) -> int:
-        try:
-            found = map_at(address, length, protection, flags, descriptor)
-        except OSError as error:
-            raise Busy(f"{length} bytes cannot be mapped: {error}") from error
-        advise(found, length, mmap.MADV_DONTFORK)
-        return found
+    def _where(self, place: Place) -> tuple[int, int]:
+        """Offset and length in the range."""
+        return place.first * self.layout.slot_bytes, place.count * self.layout.slot_bytes

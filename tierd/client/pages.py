@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tierd.block import HASH_BYTES, ROOT
-from tierd.client.client import check_hashes, default_socket
+from tierd.client.client import check_hashes, default_socket, turn_ended
 from tierd.client.connection import Connection, Ticket
 from tierd.client.link import Link
 from tierd.client.page_memory import PageMemory, Pages
 from tierd.clock import monotonic_seconds
+from tierd.cuda import Device, device_number
 from tierd.errors import Busy, Closed, Invalid, TierdError
 from tierd.layout import Layout
 from tierd.wire.messages import (
@@ -117,7 +118,8 @@ class PageClient:
     """Pages of one model and layout, for one thread. `memory` is uint8 `[pages_max + private_pages, slot_bytes]`.
 
     Numbers from `private` are memory of this process alone, for when there is no daemon: they are the engine's to keep
-    account of. `deadline_seconds` is how long an answer may take; then the daemon counts as away.
+    account of. `deadline_seconds` is how long an answer may take; then the daemon counts as away. `device` ("cuda:0", by this
+    process's numbers) must be the GPU that the daemon's gpu tier is on; then `memory` is a DeviceArray.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class PageClient:
         deadline_seconds: float = 1.0,
         domain: str | None = None,
         name: str = "",
+        device: str = "cpu",
     ) -> None:
         if pages_max < 1 or private_pages < 0:
             raise Invalid(f"pages_max must be at least 1 and private_pages 0, not {pages_max} and {private_pages}")
@@ -144,7 +147,8 @@ class PageClient:
             **({"domain": domain} if domain else {}),
         }
         self.deadline_seconds = deadline_seconds
-        self._memory = PageMemory(layout, pages_max, private_pages)
+        gpu = None if (number := device_number(device)) is None else Device(number)
+        self._memory = PageMemory(layout, pages_max, private_pages, gpu)
         self._reserved: NDArray[np.bool_] = np.zeros(pages_max, np.bool_)
         self._resuming = self._memory.held.copy()
         """What was held when a session was resumed last."""
@@ -168,8 +172,8 @@ class PageClient:
         return f"<PageClient of {self._link.path}: {held} pages held, {len(self._asked)} requests unanswered>"
 
     @property
-    def memory(self) -> NDArray[np.uint8]:
-        """All pages. One that is not held must not be touched."""
+    def memory(self) -> Any:
+        """All pages: a numpy array, or a DeviceArray on a GPU. One that is not held must not be touched."""
         return self._memory.pages
 
     @property
@@ -209,7 +213,8 @@ class PageClient:
         return asked
 
     def commit(self, pages: ArrayLike, parents: bytes, hashes: bytes) -> Named:
-        """Ask for full pages to be named, a parent and a hash (32 bytes) for each. They must not be written to any more.
+        """Ask for full pages to be named, a parent and a hash (32 bytes) for each. They must not be written to any more: on a
+        GPU, whatever writes to them has ended, since others read them on streams of their own.
 
         Pages of a session that is gone are not, whatever the daemon says: a new one may have slots of the same numbers.
         """
@@ -225,8 +230,8 @@ class PageClient:
             asked.done = True
         return asked
 
-    def release(self, pages: ArrayLike, turn: str | None = None, conversation: str | None = None) -> None:
-        """Let go of pages of `reserve` and `commit`, once for each time that they were given; and say why a turn ended."""
+    def release(self, pages: ArrayLike) -> None:
+        """Let go of pages of `reserve` and `commit`, once for each time that they were given."""
         slots = self._own(pages)
         np.subtract.at(self._memory.held, slots, 1)
         if (self._memory.held[slots] < 0).any():
@@ -235,9 +240,12 @@ class PageClient:
         known = self._memory.of_session(slots)
         self._reserved[slots[self._memory.held[slots] == 0]] = False
         if len(known):
-            hints = {"turn": turn, "conversation": conversation}
-            self._tell("release_pages", {"slots": pack_slots(known), **{k: v for k, v in hints.items() if v}})
+            self._tell("release_pages", {"slots": pack_slots(known)})
         self._memory.settle()
+
+    def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
+        """Say why a turn ended (see `Client.ended`)."""
+        self._tell("ended", turn_ended(block, turn, conversation))
 
     def poll(self) -> None:
         """Take what has arrived, never waiting; connects again when it is time to."""
@@ -415,6 +423,10 @@ class PageClient:
         return pack_held((segment, at, WRITING if self._reserved[page] else READING) for segment, at, page in records)
 
     def _greeted(self, resumed: bool) -> None:
+        theirs, ours = self._link.welcome.get("device", b""), self._memory.device.uuid if self._memory.device else b""
+        if theirs != ours:
+            there, here = (f"GPU {uuid.hex()}" if uuid else "host memory" for uuid in (theirs, ours))
+            raise Invalid(f"the daemon's gpu tier is in {there}, this client's pages are in {here}: give both the same device")
         self._memory.check_namespace(self._link.welcome["namespace"])
         if not resumed:
             self._memory.orphan()

@@ -12,7 +12,8 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Condition, Lock
+from functools import partial
+from threading import Condition, RLock
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from tierd.client.connection import Connection
 from tierd.client.mapping import Mapping
+from tierd.client.pins import Pins
 from tierd.client.transfer import Part, locate
 from tierd.errors import Closed, Invalid
 from tierd.layout import Layout
@@ -48,7 +50,7 @@ class Segments:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._changed = Condition(Lock())
+        self._changed = Condition(RLock())
         """Guards everything here; notified when a copy has ended."""
         self._newest: Connection | None = None
         self._welcome: dict[str, Any] | None = None
@@ -59,6 +61,7 @@ class Segments:
         self._copies: set[Copy] = set()
         self._owed: tuple[int, set[Copy]] = (0, set())
         """The lease that a resume gave, and the copies that must end before it does."""
+        self._pins: Pins | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -110,6 +113,13 @@ class Segments:
 
     # Segments.
 
+    def pin(self, pins: Pins) -> None:
+        """From now on what is mapped is registered with a driver, in the background, and what is mapped already too."""
+        with self._changed:
+            self._pins = pins
+            for mapping in self._mappings.values():
+                self._pin(mapping)
+
     def pushed(self, connection: Connection, message: dict[str, Any], descriptors: deque[int]) -> None:
         """Map what is attached. It comes before the reply that names its slots, and is handled before that."""
         if message["push"] != "attach":
@@ -159,10 +169,25 @@ class Segments:
                 self._mappings[mapping.segment] = mapping
                 if self._welcome is not None:
                     check_namespace(mapping, self._welcome)
+                self._pin(mapping)
             replaced = self._ordinals.get(attached["ordinal"], mapping)
             if replaced is not mapping:
                 self._give_up(replaced)
             self._ordinals[attached["ordinal"]] = mapping
+
+    def _pin(self, mapping: Mapping) -> None:
+        """Being registered is a use: nothing is unmapped under it."""
+        if self._pins is not None:
+            mapping.users += 1
+            self._pins.add(mapping, partial(self._end_use, [mapping]))
+
+    def _end_use(self, mappings: list[Mapping]) -> None:
+        with self._changed:
+            for mapping in mappings:
+                mapping.users -= 1
+                if not mapping.users and not mapping.wanted:
+                    mapping.close()
+            self._changed.notify_all()
 
     def _give_up(self, mapping: Mapping) -> None:
         """Forget a mapping; it is unmapped now or when its last copy has ended."""
@@ -192,13 +217,9 @@ class Segments:
     def _end(self, copy: Copy) -> None:
         with self._changed:
             self._copies.discard(copy)
-            for part in copy.parts:
-                part.mapping.users -= 1
-                if not part.mapping.users and not part.mapping.wanted:
-                    part.mapping.close()
+            self._end_use([part.mapping for part in copy.parts])
             release = self._take_owed()
             connection = self._newest
-            self._changed.notify_all()
         if release and connection:
             connection.tell("release", {"lease": release})
 

@@ -1,8 +1,7 @@
 """Copies between slots of mapped segments and pages of an engine's pool.
 
-All addresses of a list are computed at once and given to `memcpy` without a Python statement per block; each call
-releases the GIL. A block that was read counts only if its state word said READY before the copy and is the same word,
-generation included, after it.
+A pool copies its own pages, since only it knows where their bytes are; here is what makes a copy safe. A block that was
+read counts only if its state word said READY before the copy and is the same word, generation included, after it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Mapping as Map
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise, repeat
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,8 +28,56 @@ MEMCPY.argtypes, MEMCPY.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_si
 SPLIT_BYTES_MIN = 1 << 20
 """Less than this per thread is not worth a second thread."""
 
-Pool = NDArray[np.uint8]
 Pages = NDArray[np.int64]
+
+
+class Pool(Protocol):
+    """An engine's pages, `len` of them, each with room for one block of `block_bytes`, and the way to copy them.
+
+    Slots are uint8 `[slots, slot_bytes]` and contiguous; a block is at the start of its slot. Both copies are called from
+    several threads for different pages at once, and should release the GIL.
+    """
+
+    block_bytes: int
+
+    def __len__(self) -> int: ...
+
+    def fill(self, pages: Pages, slots: NDArray[np.uint8], indexes: Pages) -> None:
+        """Copy slot `indexes[i]` to page `pages[i]`, for every i."""
+
+    def drain(self, pages: Pages, slots: NDArray[np.uint8], indexes: Pages) -> None:
+        """Copy page `pages[i]` to slot `indexes[i]`, for every i."""
+
+
+class Rows:
+    """Pages that are the rows of an array, uint8 `[pages, block_bytes]`.
+
+    All addresses are computed at once and given to `memcpy` without a Python statement per block; each call releases the GIL.
+    """
+
+    def __init__(self, array: NDArray[np.uint8]) -> None:
+        self.array = array
+        self.block_bytes: int = array.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def fill(self, pages: Pages, slots: NDArray[np.uint8], indexes: Pages) -> None:
+        """Copy slots to rows."""
+        self._copy(addresses(self.array, pages), addresses(slots, indexes))
+
+    def drain(self, pages: Pages, slots: NDArray[np.uint8], indexes: Pages) -> None:
+        """Copy rows to slots."""
+        self._copy(addresses(slots, indexes), addresses(self.array, pages))
+
+    def _copy(self, to: list[int], of: list[int]) -> None:
+        deque(map(MEMCPY, to, of, repeat(self.block_bytes)), maxlen=0)
+
+
+def addresses(rows: NDArray[np.uint8], indexes: Pages) -> list[int]:
+    """Where some rows begin."""
+    found: list[int] = (rows.ctypes.data + indexes * rows.strides[0]).tolist()
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +116,7 @@ class Copier:
         self._helpers = ThreadPoolExecutor(threads - 1, "tierd-copy") if threads > 1 else None
 
     def load(self, parts: list[Part], pool: Pool, pages: Pages) -> int:
-        """Copy slots to `pool[pages]`; returns how many leading blocks are what the daemon said they are.
+        """Copy slots to pages of a pool; returns how many leading blocks are what the daemon said they are.
 
         Pages behind them may have been written to.
         """
@@ -78,7 +126,7 @@ class Copier:
         return leading(states(parts)[:ready] == before[:ready])
 
     def store(self, parts: list[Part], pool: Pool, pages: Pages) -> None:
-        """Copy `pool[pages]` to slots."""
+        """Copy pages of a pool to slots."""
         self._copy(parts, pool, pages, loading=False)
 
     def close(self) -> None:
@@ -105,10 +153,8 @@ class Copier:
         for part in parts:
             start, end = max(first, part.first), min(last, part.last)
             if start < end:
-                slots = part.mapping.addresses(part.indexes[start - part.first : end - part.first])
-                targets = (pool.ctypes.data + pages[start:end] * self.block_bytes).tolist()
-                to, of = (targets, slots) if loading else (slots, targets)
-                deque(map(MEMCPY, to, of, repeat(self.block_bytes)), maxlen=0)
+                copy = pool.fill if loading else pool.drain
+                copy(pages[start:end], part.mapping.slots, part.indexes[start - part.first : end - part.first])
 
 
 def states(parts: list[Part]) -> NDArray[np.uint64]:
@@ -121,16 +167,20 @@ def leading(good: NDArray[np.bool_]) -> int:
     return len(good) if good.all() else int(good.argmin())
 
 
-def as_rows(pool: NDArray[np.generic], block_bytes: int, writable: bool) -> Pool:
-    """A pool as uint8 `[pages, block_bytes]`, without a copy; raises Invalid when it is none."""
-    if not isinstance(pool, np.ndarray) or pool.ndim < 1 or not pool.flags.c_contiguous:
-        raise Invalid(f"pool must be a C-contiguous numpy array [pages, ...], not {type(pool).__name__}")
+def as_pool(pool: Pool | NDArray[np.generic], block_bytes: int, writable: bool) -> Pool:
+    """A pool as it is, or the rows of an array without a copy; raises Invalid when it is neither."""
+    if not isinstance(pool, np.ndarray):
+        if getattr(pool, "block_bytes", None) != block_bytes:
+            raise Invalid(f"pool must be a numpy array or a Pool of blocks of {block_bytes} bytes, not {pool!r:.80}")
+        return pool
+    if pool.ndim < 1 or not pool.flags.c_contiguous:
+        raise Invalid(f"pool must be a C-contiguous array [pages, ...], not one of shape {pool.shape}, strides {pool.strides}")
     if pool.nbytes != len(pool) * block_bytes:
         page_bytes = pool.nbytes // len(pool) if len(pool) else 0
         raise Invalid(f"pool has pages of {page_bytes} bytes, the layout's blocks have {block_bytes}: give one block a page")
     if writable and not pool.flags.writeable:
         raise Invalid("pool is read-only: load needs one to write to")
-    return pool.reshape(-1).view(np.uint8).reshape(len(pool), block_bytes)
+    return Rows(pool.reshape(-1).view(np.uint8).reshape(len(pool), block_bytes))
 
 
 def as_pages(pages: ArrayLike, pool: Pool) -> Pages:

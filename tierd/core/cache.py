@@ -56,6 +56,7 @@ from tierd.core.pool import FILLING, Pool
 from tierd.core.promotion import Promotion
 from tierd.core.publish import parent_piece, positions, publish
 from tierd.core.room import Room
+from tierd.core.seen import Seen
 from tierd.core.session import Session
 from tierd.core.transfers import Transfers
 from tierd.core.write_back import WriteBack
@@ -66,8 +67,8 @@ class Cache:
     """One namespace, over the pools of its tiers by name, top first.
 
     `policies` names the order of eviction of each tier (default: DEFAULTS); `window_share` bounds one promotion to a share of
-    the tier that it goes to; without `write_back` nothing goes to nvme, with it what `admission` says; `seed` (secret, 64
-    bits) keeps clients from aiming at the index's hash table.
+    the tier that it goes to; without `write_back` nothing goes to nvme, with it what `admission` says; a block that is found
+    saves `block_tokens`; `seed` (secret, 64 bits) keeps clients from aiming at the index's hash table.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Cache:
         transfer_blocks: int = 64,
         write_back: bool = True,
         admission: str = EVERYTHING,
+        block_tokens: int = 1,
         seed: int = 0,
     ) -> None:
         self.ladder = ladder = Ladder(pools)
@@ -86,6 +88,8 @@ class Cache:
         self.index = Index(len(ladder), seed, make_orders(ladder, policies))
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
+        self._block_tokens = block_tokens
+        self._seen = Seen(self.counters)
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder)
         self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)
@@ -171,6 +175,7 @@ class Cache:
         """
         session = self.sessions[session_id]
         tier, pool = session.tier, session.pool
+        self._seen.asked(hashes, now)
         slots, pieces = self._resident(hashes, parent)
         here, blocks = slots[tier], slots.shape[1]
         is_here = here >= 0
@@ -200,6 +205,7 @@ class Cache:
                 if not told:
                     del session.leases[lease.id]
                     return Found(0, 0, 0, here[:0], tiers)
+        self.counters["saved", "tokens"] += lease.blocks * self._block_tokens
         return Found(lease.id, lease.blocks, told, here[:told].copy(), tiers)
 
     def _told_max(self, tier: int) -> int:
@@ -368,9 +374,15 @@ class Cache:
         """Name reserved pages; returns a code or the slot of a duplicate for each (see Pages.commit)."""
         return self.pages.commit(self.sessions[session_id], slots, parents, hashes, now)
 
-    def release_pages(self, session_id: int, slots: Slots, hint: Hint) -> None:
+    def release_pages(self, session_id: int, slots: Slots) -> None:
         """End a session's hold on pages, once for each time that they are named."""
-        self.pages.release(self.sessions[session_id], slots, hint)
+        self.pages.release(self.sessions[session_id], slots)
+
+    def ended(self, block: bytes, hint: Hint) -> None:
+        """A turn has ended whose last block this is: the hint stays with it, where the next turn would continue."""
+        self.counters["turn", hint.turn] += 1
+        if entry := self.index.find(block):
+            self.index.hinted(entry[0], hint)
 
     # -- moving -------------------------------------------------------------------------------------------------------
 

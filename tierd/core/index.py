@@ -100,6 +100,11 @@ class Index:
         self._found = self.root, 0
         """Where the last block was that was looked for: a chain that grows is entered at its end again and again."""
 
+    @property
+    def latest(self) -> int:
+        """The latest use of anything, in Unix milliseconds."""
+        return self._latest
+
     # -- finding ------------------------------------------------------------------------------------------------------
 
     def find(self, block: bytes) -> tuple[Node, int] | None:

@@ -16,8 +16,8 @@ import numpy as np
 from tierd.block import HASH_BYTES, ROOT
 from tierd.core.index import Index
 from tierd.core.ladder import PAGED
-from tierd.core.plan import NAMED, UNNAMED, Hint, Slots, names, pick
-from tierd.core.pool import FILLING, READY
+from tierd.core.plan import NAMED, UNNAMED, Slots, names, pick
+from tierd.core.pool import FILLING
 from tierd.core.publish import publish
 from tierd.core.room import Room
 from tierd.core.session import Session
@@ -64,17 +64,10 @@ class Pages:
             runs = unknown
         return codes
 
-    def release(self, session: Session, slots: Slots, hint: Hint) -> None:
-        """Hold pages once less for each time that they are named; the hint stays with the block of the last one."""
+    def release(self, session: Session, slots: Slots) -> None:
+        """Hold pages once less for each time that they are named."""
         _check_paged(session, "release_pages")
-        ready = slots[session.holds(slots)]
-        ready = ready[session.pool.state[ready] == READY][-1:]
-        block = session.pool.hashes(ready) if hint != Hint(None, None) else b""
         session.drop(slots)
-        if hint.turn:
-            self._counters["turn", hint.turn] += 1
-        if block and (entry := self._index.find(block)):
-            self._index.hinted(entry[0], hint)
 
     def _commit(self, session: Session, run: _Run, now: int) -> Slots | None:
         """Name the pages of one chain; returns their codes, or None when the parent is not known."""

@@ -21,7 +21,6 @@ NAMED, UNNAMED = -1, -2
 OK, IO_ERROR, MISMATCH = 0, 1, 2
 """Outcome of one block of a transfer."""
 
-TURN_ENDS = ("tool_use", "end_turn", "stop", "length", "abort")
 """Why a turn can have ended when an engine lets go of its pages."""
 
 DEMAND, PREFETCH, WRITE_BACK = "demand", "prefetch", "write_back"
@@ -126,9 +125,9 @@ class Committed:
 
 
 class Hint(NamedTuple):
-    """What an engine said when it let go of pages: why the turn ended, and whose it was."""
+    """What an engine said when a turn had ended: why, and whose it was."""
 
-    turn: str | None
+    turn: str
     conversation: str | None
 
 

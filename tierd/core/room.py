@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd.core.ages import IDLE, LIVED, note_ages
 from tierd.core.index import Index, Node
 from tierd.core.ladder import Ladder
 from tierd.core.plan import Slots, any_of, any_true
@@ -37,7 +38,7 @@ class Room:
         pool = self._pools[tier]
         if pool.free < count:
             self._evict(tier, max(count - pool.free, min(self._quantum, pool.slots // QUANTUM_SHARE)), behind, new, price)
-        return pool.take(count)
+        return pool.take(count, self._index.latest)
 
     def vacate(self, tier: int, ordinal: int) -> None:
         """Take every block of a segment out of the index, in use or not, and use none of its slots any more."""
@@ -58,16 +59,17 @@ class Room:
             if len(offsets):
                 gone[node] = None
                 self._count(tier, len(offsets), int(self._elsewhere(node, tier)[offsets].sum()))
-                pool.retire(self._index.clear(tier, node, offsets))
+                self._retire(tier, self._index.clear(tier, node, offsets))
         self._index.trim(gone)
 
     def _evict(self, tier: int, count: int, behind: Node | None, new: bytes, price: float) -> None:
         """Free at least `count` slots, if that many may go."""
-        order, pool = self._index.orders[tier], self._pools[tier]
+        order = self._index.orders[tier]
         path = set(self._index.path(behind)) if behind is not None else set()
         gone: list[Slots] = []
         emptied: list[Node] = []
         trimmed: list[Node] = []
+        used: list[tuple[int, int]] = []
         taken = clean = 0
         for node in order.coldest(new, price):
             row = node.slots[tier]
@@ -75,6 +77,7 @@ class Room:
             if not len(offsets):
                 continue
             gone.append(row.take(offsets))
+            used.append((node.last_use, len(offsets)))
             row[offsets] = -1
             kept = int(np.count_nonzero(self._elsewhere(node, tier).take(offsets)))
             if kept < len(offsets):
@@ -89,8 +92,10 @@ class Room:
             order.remove(node)
         self._index.trim(trimmed)
         if gone:
-            pool.retire(np.concatenate(gone))
+            self._retire(tier, np.concatenate(gone))
             self._count(tier, taken, clean)
+            last_use, blocks = np.array(used, np.int64).T
+            note_ages(self._counters, IDLE, self._ladder.names[tier], self._index.latest - last_use, blocks)
 
     def _victims(self, node: Node, tier: int, is_ancestor: bool) -> NDArray[np.intp]:
         """Offsets of the node's blocks that may go, head first."""
@@ -109,6 +114,11 @@ class Room:
         """Which of the node's blocks have a copy in another tier."""
         others = [row for at, row in enumerate(node.slots) if at != tier]
         return any_of(others) if others else np.zeros(len(node), np.bool_)
+
+    def _retire(self, tier: int, slots: Slots) -> None:
+        pool = self._pools[tier]
+        note_ages(self._counters, LIVED, self._ladder.names[tier], self._index.latest - pool.taken_at(slots))
+        pool.retire(slots)
 
     def _count(self, tier: int, taken: int, clean: int) -> None:
         name = self._ladder.names[tier]

@@ -24,7 +24,7 @@ def examine(machine: Machine, config: Config) -> Iterator[Finding]:
 
 
 def _size(machine: Machine, config: Config) -> Finding:
-    wanted = config.cpu.bytes + config.gpu.bytes
+    wanted = config.cpu.bytes + config.gpu.host_bytes
     there, total = machine.memory("MemAvailable"), machine.memory("MemTotal")
     found = f"the tiers may take {rounded_size(wanted)}; {rounded_size(there)} of {rounded_size(total)} are available"
     if wanted > total:

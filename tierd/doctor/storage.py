@@ -10,6 +10,7 @@ from tierd.config import Config
 from tierd.doctor.finding import ERROR, NOTE, OK, WARNING, Finding
 from tierd.doctor.machine import Machine
 from tierd.errors import Invalid
+from tierd.tiers.gds import measure
 from tierd.tiers.io.probe import probe
 from tierd.values import rounded_size
 
@@ -26,6 +27,8 @@ def examine(machine: Machine, config: Config) -> Iterator[Finding]:
     yield _space(config, folder)
     yield from _file_system(machine, folder.resolve())
     yield _io_engine(config, folder)
+    if config.gpu.bytes and config.gpu.device != "cpu":
+        yield _gds(config, folder)
 
 
 def existing(folder: Path) -> Path:
@@ -96,3 +99,13 @@ def _io_engine(config: Config, folder: Path) -> Finding:
     if choice.direct:
         return Finding("nvme io", OK, found)
     return Finding("nvme io", WARNING, found, "this file system has no O_DIRECT: use ext4 or xfs")
+
+
+def _gds(config: Config, folder: Path) -> Finding:
+    """Whether GPUDirect Storage is really in use there: tried as the daemon tries it at its start."""
+    found = measure(folder, config.gpu.device, config.nvme.io_threads, config.nvme.probe_seconds_max)
+    if found.speeds is not None:
+        return Finding("gds in use", OK, f"{config.gpu.device} and {folder}: {found}")
+    level = ERROR if config.nvme.require_gds else WARNING
+    remedy = "mend what is said here and under gds, or go on through host memory (nvme.require_gds = false)"
+    return Finding("gds in use", level, f"{config.gpu.device} and {folder}: {found}", remedy)

@@ -78,16 +78,14 @@ class HostSegment:
         name = f"tierd-{header.segment_id.hex()[:8]}"
         descriptors: list[int] = []
         try:
-            descriptors.append(_memfd(f"{name}-directory", shape.directory_bytes, huge=False))
-            os.pwrite(descriptors[0], header.pack(), 0)
+            descriptors.append(make_directory(header))
             huge = shape.slots_page_bytes == HUGE_PAGE_BYTES
             slots_fd, page_kind = _prefaulted(f"{name}-slots", shape.slots_bytes, huge, huge_pages)
             descriptors.append(slots_fd)
-            for descriptor in descriptors:
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+            fcntl.fcntl(slots_fd, fcntl.F_ADD_SEALS, SEALS)
             return cls(header, descriptors[0], slots_fd, page_kind)
         except OSError as error:
-            _close_all(descriptors)
+            close_all(descriptors)
             raise Busy(f"no memory for a segment of {shape.total_bytes} bytes: {error}; lower the tier's bytes") from error
 
     @classmethod
@@ -97,19 +95,9 @@ class HostSegment:
 
         Raises Invalid with the reason when these two are not a whole segment; then they remain the caller's.
         """
-        for name, descriptor in (("directory", directory_fd), ("slots", slots_fd)):
-            if (seals := _seals(descriptor)) & SEALS != SEALS:
-                raise Invalid(f"{name} descriptor has seals {seals:#x}, a segment's has {SEALS:#x}: not made by tierd")
-        header = Header.unpack(os.pread(directory_fd, HEADER_BYTES, 0))
-        if header.medium != Medium.MEMORY:
-            raise Invalid(f"segment {header.segment_id.hex()} says it is a {header.medium.name.lower()}, not memory")
-        shape = header.geometry
-        for name, descriptor, expected in (
-            ("directory", directory_fd, shape.directory_bytes),
-            ("slots", slots_fd, shape.slots_bytes),
-        ):
-            if (size := os.fstat(descriptor).st_size) != expected:
-                raise Invalid(f"{name} of segment {header.segment_id.hex()} has {size} bytes, its header says {expected}")
+        _check_seals("slots", slots_fd)
+        header = read_directory(directory_fd, Medium.MEMORY)
+        _check_size("slots", slots_fd, header, header.geometry.slots_bytes)
         try:
             return cls(header, directory_fd, slots_fd, "adopted")
         except OSError as error:
@@ -122,12 +110,46 @@ class HostSegment:
 
     def readonly_directory_fd(self) -> int:
         """A new descriptor of the directory that cannot be used to write; the caller closes it."""
-        return os.open(f"/proc/self/fd/{self.directory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return open_readonly(self.directory_fd)
 
     def close(self) -> None:
         """Give up descriptors and views. The memory is free when nobody else views, maps or keeps it."""
         del self.directory, self.slots
-        _close_all([self.directory_fd, self.slots_fd])
+        close_all([self.directory_fd, self.slots_fd])
+
+
+def make_directory(header: Header) -> int:
+    """A new sealed memfd with this header and an empty directory behind it. Raises OSError."""
+    descriptor = _memfd(f"tierd-{header.segment_id.hex()[:8]}-directory", header.geometry.directory_bytes, huge=False)
+    try:
+        os.pwrite(descriptor, header.pack(), 0)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_directory(descriptor: int, medium: Medium) -> Header:
+    """The header of a whole directory memfd of that medium; raises Invalid with the reason when it is something else."""
+    _check_seals("directory", descriptor)
+    header = Header.unpack(os.pread(descriptor, HEADER_BYTES, 0))
+    if header.medium != medium:
+        found, wanted = header.medium.name.lower(), medium.name.lower()
+        raise Invalid(f"segment {header.segment_id.hex()} says it is of the medium {found}, not {wanted}")
+    _check_size("directory", descriptor, header, header.geometry.directory_bytes)
+    return header
+
+
+def open_readonly(descriptor: int) -> int:
+    """A new descriptor of a memfd that cannot be used to write; the caller closes it."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close each."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _memfd(name: str, size: int, huge: bool) -> int:
@@ -185,13 +207,15 @@ def _advise(mapping: NDArray[np.uint8], advice: int) -> int:
     return advise(mapping.ctypes.data, mapping.nbytes, advice)
 
 
-def _seals(descriptor: int) -> int:
+def _check_seals(name: str, descriptor: int) -> None:
     try:
-        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:  # not a memfd at all
-        return 0
+        seals = 0
+    if seals & SEALS != SEALS:
+        raise Invalid(f"{name} descriptor has seals {seals:#x}, a segment's has {SEALS:#x}: not made by tierd")
 
 
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _check_size(name: str, descriptor: int, header: Header, expected: int) -> None:
+    if (size := os.fstat(descriptor).st_size) != expected:
+        raise Invalid(f"{name} of segment {header.segment_id.hex()} has {size} bytes, its header says {expected}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, RLock
@@ -39,18 +39,21 @@ DIRECTORY, UNFINISHED, SLOTS = ".directory", ".new", ".slots"
 """How the names of a segment's files end, after its id in hex."""
 READ_OK, READ_FAILED, READ_DAMAGED = 0, 1, 2
 """What `FileSegment.read` says per block: good bytes, the medium failed, or other bytes than were written."""
+Digest = Callable[[Sequence[Buffer], int], NDArray[np.uint64]]
+"""Computes `digests`, wherever the buffers are."""
 
 
-def digest(payload: Buffer) -> int:
-    """What a block is verified by when it comes back: xxh3-64 of its payload. Releases the GIL."""
-    return xxhash.xxh3_64_intdigest(payload)
+def digests(payloads: Sequence[Buffer], payload_bytes: int) -> NDArray[np.uint64]:
+    """What blocks are verified by when they come back: xxh3-64 of the first bytes of each buffer. Releases the GIL."""
+    return np.array([xxhash.xxh3_64_intdigest(memoryview(payload)[:payload_bytes]) for payload in payloads], np.uint64)
 
 
 class FileSegment:
     """One segment on disk; `path` is its directory's. Thread safe; every method that touches the file blocks.
 
     Payload buffers are page aligned and `slot_bytes` long (slots of memory segments), of which the first
-    `payload_bytes` count. Failures of the medium are values; `failures` counts them by reason.
+    `payload_bytes` count; where they are in memory of another kind than the host's, `digest` says how to digest them.
+    Failures of the medium are values; `failures` counts them by reason.
     """
 
     def __init__(self, path: Path, header: Header, io: IoEngine) -> None:
@@ -139,13 +142,15 @@ class FileSegment:
         """Whether payloads bypass the page cache."""
         return self._payloads.direct
 
-    def write(self, slots: Slots, payloads: Sequence[Buffer], hashes: bytes, parents: bytes) -> NDArray[np.bool_]:
+    def write(
+        self, slots: Slots, payloads: Sequence[Buffer], hashes: bytes, parents: bytes, digest: Digest = digests
+    ) -> NDArray[np.bool_]:
         """Store blocks in free slots; returns which of them are there now. The others' slots are free again.
 
         hashes and parents are packed. Digests are computed here, so that damage since then is found when a block is read.
         """
         at = np.asarray(slots, dtype=np.int64)
-        computed = np.array([digest(self._payload(payload)) for payload in payloads], np.uint64)
+        computed = digest(payloads, self.header.geometry.payload_bytes)
         with self._file_lock:  # no page with a new identity reaches the file before its FILLING
             with self._lock:
                 self.directory.begin(at, hashes, parents, computed)
@@ -154,7 +159,7 @@ class FileSegment:
             self._give_up(at)
             return np.zeros(len(at), np.bool_)
         outcomes = self._payloads.write(self._blocks(at, payloads))
-        done = np.array([self._noted("write", outcome) for outcome in outcomes], np.bool_)
+        done = np.array([self.noted("write", outcome) for outcome in outcomes], np.bool_)
         with self._lock:
             self.directory.ready(at[done])
             self.directory.free(at[~done])
@@ -163,7 +168,7 @@ class FileSegment:
             done[:] = False
         return done
 
-    def read(self, slots: Slots, buffers: Sequence[Buffer]) -> NDArray[np.uint8]:
+    def read(self, slots: Slots, buffers: Sequence[Buffer], digest: Digest = digests) -> NDArray[np.uint8]:
         """Fill each buffer from a ready slot and verify it; returns READ_OK, READ_FAILED or READ_DAMAGED per block.
 
         What is not READ_OK must not be used; a damaged slot should not be used again in this life of the daemon.
@@ -173,13 +178,13 @@ class FileSegment:
             assert (self.directory.codes()[at] == READY).all(), "only a ready slot can be read"
             rows = self.directory.identity[at]
         outcomes = self._payloads.read(self._blocks(at, buffers))
-        codes = np.full(len(at), READ_OK, np.uint8)
-        for index, (outcome, buffer) in enumerate(zip(outcomes, buffers, strict=True)):
-            if not self._noted("read", outcome):
-                codes[index] = READ_FAILED
-            elif rows["digest_kind"][index] != DIGEST_XXH3_64 or rows["digest"][index] != digest(self._payload(buffer)):
-                codes[index] = READ_DAMAGED
-                self._count("read: digest differs")
+        came = np.flatnonzero([self.noted("read", outcome) for outcome in outcomes])
+        found = digest([buffers[index] for index in came.tolist()], self.header.geometry.payload_bytes)
+        right = (rows["digest_kind"][came] == DIGEST_XXH3_64) & (rows["digest"][came] == found)
+        codes = np.full(len(at), READ_FAILED, np.uint8)
+        codes[came] = np.where(right, READ_OK, READ_DAMAGED)
+        for _ in range(len(came) - int(right.sum())):
+            self._count("read: digest differs")
         return codes
 
     def free(self, slots: Slots) -> None:
@@ -233,13 +238,10 @@ class FileSegment:
             self.path.unlink(missing_ok=True)
             slots_path(self.path).unlink(missing_ok=True)
         except OSError as error:
-            return self._noted("unlink", error)
+            return self.noted("unlink", error)
         finally:
             self.close()
         return True
-
-    def _payload(self, buffer: Buffer) -> memoryview:
-        return memoryview(buffer)[: self.header.geometry.payload_bytes]
 
     def _blocks(self, at: NDArray[np.int64], buffers: Sequence[Buffer]) -> list[tuple[int, Buffer]]:
         shape = self.header.geometry
@@ -268,7 +270,7 @@ class FileSegment:
                 for start, length in page_ranges(column_offset, row_bytes, at):
                     _write_whole(self._descriptor, self._pages[start : start + length], start)
         except OSError as error:
-            return self._noted("directory", error)
+            return self.noted("directory", error)
         return True
 
     def _give_up(self, at: NDArray[np.int64]) -> None:
@@ -278,8 +280,8 @@ class FileSegment:
             self.directory.free(at)
         self._put_states(at)
 
-    def _noted(self, action: str, outcome: Exception | None) -> bool:
-        """Count a failure by its reason; returns whether there was none."""
+    def noted(self, action: str, outcome: Exception | None) -> bool:
+        """Count a failure of what was done with the segment, by its reason; returns whether there was none."""
         if outcome is not None:
             code = errno.errorcode.get(outcome.errno or 0, "error") if isinstance(outcome, OSError) else "error"
             self._count(f"{action}: {code}")

@@ -30,10 +30,11 @@ _CRC_OFFSET = HEADER_BYTES - 4
 
 
 class Medium(IntEnum):
-    """Where a segment lives: two memfds or two files."""
+    """Where a segment lives: two memfds, two files, or a memfd and an exported allocation of a GPU."""
 
     MEMORY = 1
     FILE = 2
+    DEVICE = 3
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tierd import systemd
+from tierd.cuda import Device
 from tierd.layout import Namespace
 from tierd.log import get_logger
+from tierd.tiers.device import DeviceSegment
 from tierd.tiers.host import HostSegment
 from tierd.tiers.io import IoEngine
 from tierd.tiers.nvme import FileSegment
+from tierd.tiers.paths import Paths
 from tierd.tiers.segment import Geometry, Medium
 from tierd.tiers.state import StateDirectory
 
 log = get_logger("tier")
+MemorySegment = HostSegment | DeviceSegment
 EPOCH = 1
 """Of every namespace: nothing purges yet."""
 
@@ -44,7 +48,7 @@ class Budget:
 
 
 class Tier(Protocol):
-    """One medium: makes segments (HostSegment or FileSegment) of one geometry per namespace."""
+    """One medium: makes segments (HostSegment, DeviceSegment or FileSegment) of one geometry per namespace."""
 
     name: str
     medium: Medium
@@ -64,13 +68,13 @@ class Tier(Protocol):
 
 
 class MemoryTier:
-    """Memory segments, of the cpu tier or of a gpu tier without a GPU. Where a service manager keeps descriptors, segments
-    outlive this process.
+    """Memory segments of the host, of the cpu tier or of a gpu tier without a GPU. Where a service manager keeps descriptors,
+    segments outlive this process.
     """
 
     medium = Medium.MEMORY
 
-    def __init__(self, name: str, bytes_max: int, segment_bytes: int, huge_pages: str) -> None:
+    def __init__(self, name: str, bytes_max: int, segment_bytes: int, huge_pages: str = "off") -> None:
         self.name = name
         self.budget = Budget(bytes_max)
         self._segment_bytes = segment_bytes
@@ -78,13 +82,18 @@ class MemoryTier:
         self.not_kept = 0
         """Descriptors that the service manager did not take: they end with this process."""
 
+    @property
+    def device(self) -> bytes:
+        """The GPU that segments are on, by its 16 bytes; empty in host memory."""
+        return b""
+
     def geometry(self, namespace: Namespace) -> Geometry:
         """See Tier."""
         return HostSegment.geometry(namespace.layout, self._segment_bytes, self._huge_pages)
 
-    def create(self, namespace: Namespace, ordinal: int) -> HostSegment:
+    def create(self, namespace: Namespace, ordinal: int) -> MemorySegment:
         """See Tier."""
-        segment = HostSegment.create(namespace, self._segment_bytes, EPOCH, self._huge_pages)
+        segment = self._make(namespace)
         segment.kept_as = f"{self.name}.{ordinal}.{systemd.short(segment.segment_id[:6])}"
         for name, descriptor in stored_names(segment).items():
             if systemd.can_store() and not systemd.store(name, [descriptor]):
@@ -92,12 +101,45 @@ class MemoryTier:
                 log.warning("the service manager does not keep a segment", name=name)
         return segment
 
-    def discard(self, segment: HostSegment) -> bool:
+    def adopt(self, directory_fd: int, slots_fd: int) -> MemorySegment:
+        """The segment that these descriptors are, which belong to it then; raises Invalid when they are none."""
+        return HostSegment.adopt(directory_fd, slots_fd)
+
+    def discard(self, segment: MemorySegment) -> bool:
         """See Tier."""
         for name in stored_names(segment):
             systemd.remove(name)
         segment.close()
         return True
+
+    def _make(self, namespace: Namespace) -> MemorySegment:
+        return HostSegment.create(namespace, self._segment_bytes, EPOCH, self._huge_pages)
+
+
+class DeviceTier(MemoryTier):
+    """Segments in the memory of one GPU."""
+
+    medium = Medium.DEVICE
+
+    def __init__(self, name: str, bytes_max: int, segment_bytes: int, device: Device) -> None:
+        super().__init__(name, bytes_max, segment_bytes)
+        self._device = device
+
+    @property
+    def device(self) -> bytes:
+        """See MemoryTier."""
+        return self._device.uuid
+
+    def geometry(self, namespace: Namespace) -> Geometry:
+        """See Tier."""
+        return DeviceSegment.geometry(namespace.layout, self._segment_bytes, self._device.granularity)
+
+    def adopt(self, directory_fd: int, slots_fd: int) -> MemorySegment:
+        """See MemoryTier; also what the driver does not import is refused."""
+        return DeviceSegment.adopt(directory_fd, slots_fd, self._device)
+
+    def _make(self, namespace: Namespace) -> MemorySegment:
+        return DeviceSegment.create(namespace, self._segment_bytes, EPOCH, self._device)
 
 
 class NvmeTier:
@@ -106,9 +148,12 @@ class NvmeTier:
     name = "nvme"
     medium = Medium.FILE
 
-    def __init__(self, bytes_max: int, segment_bytes: int, state: StateDirectory, io: IoEngine) -> None:
+    def __init__(
+        self, bytes_max: int, segment_bytes: int, state: StateDirectory, io: IoEngine, paths: Paths | None = None
+    ) -> None:
         self.budget = Budget(bytes_max)
         self.io = io
+        self.paths = paths or Paths(io.name)
         self.state = state
         self._segment_bytes = segment_bytes
 
@@ -125,6 +170,6 @@ class NvmeTier:
         return segment.unlink()
 
 
-def stored_names(segment: HostSegment) -> dict[str, int]:
+def stored_names(segment: MemorySegment) -> dict[str, int]:
     """Under which names a segment's two descriptors are kept by the service manager: for directory and slots."""
     return {f"{segment.kept_as}.d": segment.directory_fd, f"{segment.kept_as}.s": segment.slots_fd}

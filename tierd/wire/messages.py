@@ -19,6 +19,7 @@ READING, WRITING = 1, 2
 """Kinds of held records."""
 NAMED, UNNAMED = -1, -2
 """Instead of a slot number in the reply to `commit_pages`."""
+TURN_ENDS = ("tool_use", "end_turn", "stop", "length", "abort")
 SEGMENTS_PER_PUSH_MAX = 64
 SLOT_BYTES = 4
 U32_MAX, U64_MAX = (1 << 32) - 1, (1 << 64) - 1
@@ -82,13 +83,14 @@ DATA = {
     "abort": {"lease": U64},
     "reserve": {"count": COUNT},
     "commit_pages": {"slots": PAGES, "parents": HASHES, "hashes": HASHES},
-    "release_pages": {"slots": PAGES, "turn": optional(LABEL), "conversation": optional(LABEL)},
+    "release_pages": {"slots": PAGES},
+    "ended": {"block": BIN32, "turn": LABEL, "conversation": optional(LABEL)},
     "prefetch": {"hashes": HASHES, "parent": PARENT},
     "detached": {"segments": SEGMENTS},
     "bye": {},
     "stats": {},
 }
-ADMIN: dict[str, dict[str, Argument]] = {"status": {}, "sync": {}, "drain": {}}
+ADMIN: dict[str, dict[str, Argument]] = {"status": {}, "sync": {}, "drain": {}, "reload": {}}
 
 WELCOME = {
     "version": U32,
@@ -99,6 +101,7 @@ WELCOME = {
     "block_bytes": U64,
     "slot_bytes": U64,
     "slots_per_segment": COUNT,
+    "device": optional(Argument(bytes, 0, 16, 16), b""),
     "limits": MAP,
 }
 REPLIES = {
@@ -114,6 +117,7 @@ REPLIES = {
     "reserve": {"slots": PAGES},
     "commit_pages": {"codes": PAGES},
     "release_pages": {},
+    "ended": {},
     "prefetch": {"blocks": U32},
     "detached": {},
     "bye": {},

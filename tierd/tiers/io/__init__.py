@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tierd.errors import Invalid
 
@@ -19,6 +19,14 @@ Block = tuple[int, Buffer]
 page."""
 Outcomes = list[Exception | None]
 """Per block: None, or why it failed."""
+
+
+class Io(NamedTuple):
+    """How NVMe is reached: the engine, its path ("direct", "buffered") and the best from a GPU ("gds", "bounce"), or "none"."""
+
+    engine: str
+    path: str
+    gpu: str = "none"
 
 
 class IoFile(Protocol):

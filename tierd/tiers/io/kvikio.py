@@ -1,4 +1,4 @@
-"""The io engine of NVIDIA's kvikio: it brings its own pool of threads, and O_DIRECT for memory of the host."""
+"""The io engine of NVIDIA's kvikio: its own pool of threads, O_DIRECT for memory of the host, GPUDirect Storage for a GPU's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class KvikioEngine:
     def __init__(self, threads: int) -> None:
         if not 1 <= threads <= THREADS_MAX:
             raise Invalid(f"nvme.io_threads is {threads}, kvikio takes 1 to {THREADS_MAX}")
-        kvikio.defaults.set({"num_threads": threads, "auto_direct_io_read": True, "auto_direct_io_write": True})
+        settings = {"num_threads": threads, "auto_direct_io_read": True, "auto_direct_io_write": True}
+        kvikio.defaults.set(settings | {"gds_threshold": 0})  # a GPU's small blocks go straight as well, or not at all
 
     def open(self, path: Path) -> KvikioFile:
         """Open for both directions; raises OSError or RuntimeError."""

@@ -77,7 +77,13 @@ def _try_kvikio(folder: Path, timeout_seconds: float, threads: int) -> tuple[str
 
 
 def _try_in_child(path: Path, timeout_seconds: float, threads: int) -> tuple[str, bool]:
-    command = [sys.executable, "-m", "tierd.tiers.io.probe", "kvikio", str(path), str(threads)]
+    failure, output = in_child("tierd.tiers.io.probe", "kvikio", str(path), str(threads), timeout_seconds=timeout_seconds)
+    return failure, output == "direct"
+
+
+def in_child(module: str, *arguments: str, timeout_seconds: float) -> tuple[str, str]:
+    """Run a module in a process of its own; returns what failed ("" if nothing did) and what it printed."""
+    command = [sys.executable, "-m", module, *arguments]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = child.communicate(timeout=timeout_seconds)
@@ -85,11 +91,11 @@ def _try_in_child(path: Path, timeout_seconds: float, threads: int) -> tuple[str
         child.kill()
         with suppress(subprocess.TimeoutExpired):  # a child stuck in the kernel is left behind, we go on
             child.wait(1.0)
-        return f"no answer within {timeout_seconds:g} s", False
+        return f"no answer within {timeout_seconds:g} s", ""
     if child.returncode:
         last = errors.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
-        return last[0], False
-    return "", output.strip() == "direct"
+        return last[0], ""
+    return "", output.strip()
 
 
 def try_engine(name: str, path: Path, threads: int) -> bool:

@@ -1,0 +1,162 @@
+"""What tierd costs and gives vLLM on this machine: `python -m benchmarks.vllm scheduler|ttft`, after `make test-vllm`.
+
+scheduler   the two calls that the scheduler's thread waits for, with 128k tokens in tierd
+ttft        time to the first token of a prompt whose 2,000 tokens are computed, in vLLM's own cache, in tierd, or in files
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tests.daemon.harness import Daemon, settings
+from tests.vllm.engine import Engine
+from tierd.block import chain, split
+from tierd.client import Client
+from tierd.layout import Layout
+
+PROMPT_TOKENS, BLOCK_TOKENS = 128 * 1024, 16
+ROUNDS = 200
+SMOL = Path(".build/models/SmolLM2-135M-Instruct")
+PREFIX_TOKENS, SMOL_BLOCK = 2016, 32
+
+
+def main() -> None:
+    """The command."""
+    {"scheduler": scheduler, "ttft": ttft}[sys.argv[1]]()
+
+
+def scheduler() -> None:
+    """Look-ups of a long prompt, all of it cached, and steps in which nothing is to be done."""
+    from tierd_engine.connectors.vllm.scheduler import SchedulerSide
+
+    layout = Layout(1, 1, 64, "uint8", block_tokens=BLOCK_TOKENS, kv_parts=1)
+    hashes = chain(list(range(PROMPT_TOKENS + 1)), BLOCK_TOKENS)
+    blocks = len(hashes) // 32
+    with daemon(cpu_bytes=256 << 20, cpu_segment_bytes=16 << 20) as served:
+        filler = Client(served.socket, model="bench", layout=layout)
+        pool = np.zeros((blocks, layout.block_bytes), np.uint8)
+        assert filler.store(hashes, pool, np.arange(blocks)).stored == blocks
+        side = SchedulerSide(Client(served.socket, model="bench", layout=layout), BLOCK_TOKENS, True, True, True, 1 << 20)
+        found: list[float] = []
+        for number in range(ROUNDS):
+            request = running(str(number), hashes, computed=0)
+            took = seconds(lambda: side.match(request, 0))  # noqa: B023
+            assert side._requests[str(number)].offered == blocks
+            found.append(took)
+            side.finished(request, [])
+        report("look-up of 128k tokens, all cached", found)
+        for count in (8, 64, 256):
+            requests = [running(f"d{number}", hashes, computed=PROMPT_TOKENS + 3) for number in range(count)]
+            for request in requests:
+                side._track(request).stored = blocks
+            output = SimpleNamespace(num_scheduled_tokens={request.request_id: 1 for request in requests})
+            report(f"step of {count} requests without work", [seconds(lambda: side.plan(output)) for _ in range(ROUNDS)])  # noqa: B023
+            side._requests.clear()
+        side.close()
+        filler.close()
+
+
+def ttft() -> None:
+    """SmolLM2 in fp32; every figure is the median over prompts of their own, each with one token to say."""
+    import random
+
+    from tierd_engine.model import write_safetensors
+
+    prompts = [random.Random(seed).choices(range(1000, 40000), k=PREFIX_TOKENS + 8) for seed in range(8)]
+    with tempfile.TemporaryDirectory(prefix="tierd-", dir="/tmp") as folder, daemon(cpu_bytes=2 << 30) as served:
+        model = Path(folder, "model")
+        write_safetensors(SMOL, model)
+        arguments: dict[str, Any] = {
+            "model": str(model),
+            "dtype": "float32",
+            "block_size": SMOL_BLOCK,
+            "max_model_len": 4096,
+            "max_num_seqs": 1,
+            "max_num_batched_tokens": 4096,
+            "kv_cache_memory_bytes": 2 << 30,
+            "enforce_eager": True,
+        }
+        tierd = {
+            "kv_connector": "TierdConnector",
+            "kv_connector_module_path": "tierd_engine.connectors.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"socket": str(served.socket)},
+        }
+        files = {
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": f"{folder}/files"},
+        }
+        connectors = {"tierd": tierd, "ExampleConnector": files}
+        for name, transfer in connectors.items() if len(sys.argv) < 3 else [(sys.argv[2], connectors[sys.argv[2]])]:
+            for life in ("computed", "loaded"):
+                with Engine(Path(folder, "log"), **arguments, kv_transfer_config=transfer) as engine:
+                    engine.run([list(range(2, 40))])  # what is set up with the first request
+                    first = [engine.run([prompt]) for prompt in prompts]
+                    report(f"{name}: {life}, cached {first[-1]['cached'][0]}", [answer["seconds"] for answer in first])
+                    if name == "tierd" and life == "computed":
+                        own = [engine.run([prompt]) for prompt in prompts]
+                        report(f"vLLM's own cache, cached {own[-1]['cached'][0]}", [answer["seconds"] for answer in own])
+        kept = subprocess.run(["du", "-sm", f"{folder}/files"], capture_output=True, text=True, check=False).stdout
+        print(
+            json.dumps({"files MiB": kept.split()[0] if kept else None, "tierd": served.status()["tiers"]["cpu"]["used_bytes"]})
+        )
+
+
+class daemon:  # noqa: N801
+    """A daemon of its own in a folder that goes with it."""
+
+    def __init__(self, **values: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tierd-", dir="/tmp")
+        flags = settings(**{"nvme_bytes": 4 << 30, "cpu_huge_pages": "off", **values})
+        self._daemon = Daemon(Path(self._folder.name), flags)
+
+    def __enter__(self) -> Daemon:
+        return self._daemon.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._daemon.end()
+        self._folder.cleanup()
+
+
+def running(name: str, hashes: bytes, computed: int) -> Any:
+    """A request as the connector sees it."""
+    blocks = list(split(hashes))
+    tokens = len(blocks) * BLOCK_TOKENS + 4
+    return SimpleNamespace(
+        request_id=name,
+        block_hashes=blocks,
+        num_tokens=tokens,
+        num_computed_tokens=computed,
+        kv_transfer_params=None,
+        skip_reading_prefix_cache=False,
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call took."""
+    began = perf_counter()
+    call()
+    return perf_counter() - began
+
+
+def report(what: str, found: list[float]) -> None:
+    """Median and 99th percentile, in microseconds."""
+    ordered = sorted(found)
+    print(f"{what}: p50 {statistics.median(found) * 1e6:,.0f} us, p99 {ordered[int(len(ordered) * 0.99) - 1] * 1e6:,.0f} us")
+
+
+if __name__ == "__main__":
+    main()

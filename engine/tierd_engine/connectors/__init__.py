@@ -1,0 +1,1 @@
+"""Connectors: tierd as the KV store of engines that are not ours."""

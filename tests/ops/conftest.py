@@ -1,0 +1,107 @@
+"""A booted machine for all tests of the run, and in it an installed service that begins anew in each test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ops.machine import CHECKOUT, DISK, Impossible, Machine, Unit
+
+UNITS = ("tierd.service", "tierd.socket", "tierd-metrics.socket")
+MEMORY = '[cpu]\nbytes = "1GiB"\n[nvme]\nbytes = 0'
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """Debian with systemd, in which `tierd install-service` was run."""
+    (CHECKOUT / ".build").mkdir(exist_ok=True)
+    disk = Path(tempfile.mkdtemp(prefix="disk-", dir=CHECKOUT / ".build"))
+    disk.chmod(0o755)
+    booted = Machine(disk)
+    try:
+        booted.boot()
+        booted.run(str(booted.tierd), "install-service")
+        yield booted
+    except Impossible as error:
+        pytest.skip(str(error))
+    finally:
+        booted.halt()
+        shutil.rmtree(disk, ignore_errors=True)
+
+
+@pytest.fixture
+def unit(machine: Machine) -> Iterator[Unit]:
+    """The service, stopped and without a past, with a cpu tier of 1 GiB and nothing below it; a failure shows its journal."""
+    fresh = Unit(machine)
+    fresh.configure(MEMORY)
+    machine.run("systemctl", "start", *UNITS[1:])
+    yield fresh
+    print(machine.journal("--lines=40"))
+    machine.run("systemctl", "stop", *UNITS)
+    machine.run("systemctl", "reset-failed")
+    machine.run("sh", "-c", f"rm -rf /run/systemd/system/tierd.service.d /var/lib/tierd/* {DISK}/nvme")
+    machine.run("systemctl", "daemon-reload")
+
+
+class Load:
+    """The program of `load.py` in the machine; one method for each of its commands."""
+
+    def __init__(self, machine: Machine, chains: int, deadline_seconds: float) -> None:
+        python = str(machine.tierd.with_name("python"))
+        arguments = ["-m", "tests.ops.load", f"--chains={chains}", f"--deadline={deadline_seconds}"]
+        command = machine.enter(python, *arguments)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+
+    def run(self) -> None:
+        """Store and load in the background."""
+        self._ask("run")
+
+    def pause(self) -> dict[str, Any]:
+        """Stop that; its sums."""
+        return dict(self._ask("pause"))
+
+    def fill(self) -> int:
+        """Store every chain once; how many blocks are committed."""
+        return int(self._ask("fill"))
+
+    def check(self) -> dict[str, Any]:
+        """Load all that was committed."""
+        return dict(self._ask("check"))
+
+    def _ask(self, command: str) -> Any:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        """Let it go."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def load(machine: Machine) -> Iterator[Callable[..., Load]]:
+    """Makes live engines, and ends them."""
+    made: list[Load] = []
+
+    def make(chains: int = 40, deadline_seconds: float = 1.0) -> Load:
+        made.append(Load(machine, chains, deadline_seconds))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()

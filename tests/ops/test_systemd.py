@@ -1,0 +1,249 @@
+"""The shipped units under a real systemd: start, reload, restart, every way to die, drain, and a wrong configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.ops.conftest import MEMORY, Load
+from tests.ops.load import CHAIN_BLOCKS, CHAIN_BYTES, LAYOUT
+from tests.ops.machine import DISK, Machine, Unit, until
+from tierd.tiers.host import HostSegment
+
+pytestmark = pytest.mark.systemd
+SEGMENT = HostSegment.geometry(LAYOUT, 64 << 20, "auto")
+"""Of the cpu tier with its default size."""
+LOST = ("damaged", "stale", "orphans")
+"""Why a committed block may be no hit any more; one that was being written is not committed."""
+GIB = 1 << 30
+READY_SECONDS_EMPTY, READY_SECONDS_WARM = 1.0, 5.0
+MakeLoad = Callable[..., Load]
+
+
+def status(unit: Unit) -> dict[str, Any]:
+    """What `tierd status` says in the machine."""
+    return dict(json.loads(unit.machine.run(str(unit.machine.tierd), "status", "--json").stdout))
+
+
+def accounts(unit: Unit) -> tuple[int, int, int]:
+    """Of the cpu tier: used bytes, all slots, and those that are ready."""
+    tier = status(unit)["tiers"]["cpu"]
+    return tier["used_bytes"], sum(tier["slots"].values()), tier["slots"]["ready"]
+
+
+def settled(unit: Unit) -> tuple[int, int, int]:
+    """The accounts when no segment is on its way: used bytes are those of the segments whose slots there are, to the byte."""
+
+    def exact() -> tuple[int, int, int] | None:
+        used_bytes, slots, ready = accounts(unit)
+        return (used_bytes, slots, ready) if used_bytes * SEGMENT.slot_count == slots * SEGMENT.total_bytes else None
+
+    found = until(exact, "used bytes are not those of the segments", 20)
+    assert found
+    return found
+
+
+def adopted(unit: Unit) -> dict[str, int]:
+    """What the latest life has found, from its log."""
+    line = [line for line in unit.machine.journal().splitlines() if " adopt: adopted " in line][-1]
+    return {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", line)}
+
+
+def drop_in(unit: Unit, *lines: str) -> None:
+    """As `systemctl edit --runtime` does it."""
+    unit.machine.run("mkdir", "-p", "/run/systemd/system/tierd.service.d")
+    unit.machine.write("/run/systemd/system/tierd.service.d/test.conf", "\n".join(["[Service]", *lines, ""]))
+    unit.machine.run("systemctl", "daemon-reload")
+
+
+def warmed(load: Load, unit: Unit, blocks: int) -> None:
+    """Let a live engine work until so many blocks are there."""
+    load.run()
+    until(lambda: accounts(unit)[2] >= blocks, f"{blocks} blocks are not stored", 60)
+
+
+def test_an_empty_daemon_is_ready_within_a_second(unit: Unit) -> None:
+    """From the start of its process, with nothing to adopt, it says READY in under one second."""
+    seconds = []
+    for _ in range(3):
+        unit.systemctl("restart")
+        seconds.append(unit.seconds_to_ready())
+    print("seconds to ready, empty:", seconds)
+    assert min(seconds) < READY_SECONDS_EMPTY
+
+
+@pytest.mark.parametrize("death", ["restart", "kill -9", "watchdog"])
+def test_nothing_in_memory_is_lost_whatever_ends_the_daemon(death: str, unit: Unit, load: MakeLoad) -> None:
+    """With a live engine no call fails, no byte is wrong, every committed block is a hit again, and the accounts agree."""
+    drop_in(unit, "WatchdogSec=2s")
+    unit.systemctl("start")
+    engine = load()
+    warmed(engine, unit, 10 * CHAIN_BLOCKS)
+    pid = unit.pid()
+    match death:
+        case "restart":
+            unit.systemctl("restart")
+        case "kill -9":
+            unit.signal("SIGKILL")
+        case "watchdog":
+            unit.signal("SIGSTOP")  # a loop that does not turn
+    unit.wait_next_life(pid)
+    until(lambda: sum(status(unit)["lookup_blocks"].values()) > 0, "the engine does not come to the new life", 30)
+    sums, checked, found = engine.pause(), engine.check(), adopted(unit)
+    used_bytes, _, ready = settled(unit)
+    print(death, sums, checked, found, "seconds to ready:", unit.seconds_to_ready())
+    assert sums["failures"] == [] and sums["wrong"] == checked["wrong"] == 0
+    assert sums["connects"] >= 2, "the engine has not attached again"
+    assert checked["asked"] >= 10 * CHAIN_BLOCKS
+    assert checked["lost"] <= sum(found[reason] for reason in LOST), f"{checked['lost']} without a reason: {found}"
+    assert ready >= checked["asked"] and used_bytes <= GIB
+    assert status(unit)["sessions"] == 1, "the engine's session was resumed, not made anew beside the old one"
+    if death == "watchdog":
+        assert "Watchdog timeout" in unit.machine.journal()
+
+
+def test_accounts_are_the_same_to_the_byte_after_a_kill(unit: Unit, load: MakeLoad) -> None:
+    """With an engine that is attached and does nothing, used bytes, slots and ready slots are what they were."""
+    unit.systemctl("start")
+    engine = load(chains=12)
+    assert engine.fill() == 12 * CHAIN_BLOCKS
+    before, pid = settled(unit), unit.pid()
+    unit.signal("SIGKILL")
+    unit.wait_next_life(pid)
+    assert accounts(unit) == before
+    assert engine.check() == {"asked": 12 * CHAIN_BLOCKS, "lost": 0, "wrong": 0}
+
+
+@pytest.mark.timeout(300)
+def test_ten_gigabytes_of_memory_are_served_again_within_five_seconds(unit: Unit, load: MakeLoad) -> None:
+    """A cpu tier of 10 GiB, or of a quarter less than what this machine has free, full of blocks: killed, and ready again."""
+    available = int(re.findall(r"MemAvailable:\s+(\d+)", unit.machine.run("cat", "/proc/meminfo").stdout)[0]) << 10
+    size = min(10 * GIB, available * 3 // 4) >> 30
+    unit.configure(f'[cpu]\nbytes = "{size}GiB"\n[nvme]\nbytes = 0')
+    unit.systemctl("start")
+    chains = (size * GIB) * 95 // 100 // CHAIN_BYTES
+    engine = load(chains=chains, deadline_seconds=5.0)
+    assert engine.fill() == chains * CHAIN_BLOCKS
+    before, pid = settled(unit), unit.pid()
+    unit.signal("SIGKILL")
+    unit.wait_next_life(pid)
+    print(f"seconds to ready with {before[0] / GIB:.1f} of {size} GiB in use:", unit.seconds_to_ready())
+    assert unit.seconds_to_ready() < READY_SECONDS_WARM
+    assert accounts(unit) == before
+    assert engine.check()["lost"] == 0
+
+
+def test_who_connects_during_a_restart_waits_instead_of_failing(unit: Unit, load: MakeLoad) -> None:
+    """While no daemon runs, connecting works: a new engine's first call is answered by the next life, and a scrape too."""
+    drop_in(unit, "ExecStartPre=+/bin/sleep 1")
+    unit.systemctl("start")
+    first = load(chains=4)
+    assert first.fill() == 4 * CHAIN_BLOCKS
+    pid = unit.pid()
+    unit.signal("SIGKILL")
+    until(lambda: unit.pid() == 0, "it does not die", 10)
+    scrape = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9475/metrics', timeout=20).read().decode())"
+    python = str(unit.machine.tierd.with_name("python"))
+    with subprocess.Popen(unit.machine.enter(python, "-c", scrape), stdout=subprocess.PIPE, text=True) as scraping:
+        second = load(chains=4, deadline_seconds=10.0)
+        second.run()
+        unit.wait_next_life(pid)
+        until(lambda: status(unit)["sessions"] == 2, "both engines are there", 20)
+        text, _ = scraping.communicate(timeout=30)
+    sums = second.pause()
+    assert sums["failures"] == [] and sums["connects"] == 1 and sums["missed"] == 0
+    assert "tierd_sessions " in text
+
+
+def test_a_configuration_that_changed_means_a_cold_start_that_says_why(unit: Unit, load: MakeLoad) -> None:
+    """Segments of another size are given up with both geometries in the log, and what they took is free."""
+    unit.systemctl("start")
+    engine = load(chains=12)
+    assert engine.fill() == 12 * CHAIN_BLOCKS
+    unit.configure(MEMORY.replace('bytes = "1GiB"', 'bytes = "1GiB"\nsegment_bytes = "32MiB"'))
+    unit.systemctl("restart")
+    assert (accounts(unit)[2], adopted(unit)["segments"]) == (0, 0)
+    log = unit.machine.journal()
+    assert re.search(r"segment given up tier=cpu .*its geometry .* is not the configured", log)
+    assert int(unit.show("NFileDescriptorStore")[0]) <= 3, (
+        "more is kept than the engine's process and a segment that it comes back to"
+    )
+    warmed(engine, unit, 12 * CHAIN_BLOCKS)
+    assert engine.pause()["failures"] == []
+
+
+def test_stop_drains_and_the_next_start_finds_nvme_warm(unit: Unit, load: MakeLoad) -> None:
+    """After stop and start memory is cold, and all that was committed comes back from disk, outside of /var/lib/tierd."""
+    machine = unit.machine
+    unit.configure(f'[nvme]\nbytes = "2GiB"\npath = "{DISK}/nvme"\n[limits]\ndrain_seconds_max = 60')
+    machine.run(str(machine.tierd), "install-service")
+    unit.systemctl("start")
+    engine = load(chains=12, deadline_seconds=10.0)
+    assert engine.fill() == 12 * CHAIN_BLOCKS
+    machine.run("systemctl", "stop", "tierd.socket", "tierd-metrics.socket", "tierd.service")
+    assert unit.show("Result", "ExecMainStatus", "NFileDescriptorStore") == ["success", "0", "0"]
+    assert "daemon: stopped unwritten=0" in machine.journal()
+    unit.systemctl("start")
+    assert accounts(unit)[2] == 0
+    assert engine.check() == {"asked": 12 * CHAIN_BLOCKS, "lost": 0, "wrong": 0}
+
+
+def test_reload_takes_all_of_a_configuration_or_nothing(unit: Unit) -> None:
+    """`systemctl reload` and SIGHUP change what can change, name what cannot, and refuse a mistake with all its rest."""
+    unit.systemctl("start")
+    pid = unit.pid()
+    unit.configure(MEMORY.replace("1GiB", "2GiB"), '[log]\nlevel = "debug"')
+    unit.systemctl("reload")
+    assert unit.show("StatusText", "ActiveState") == ["serving; a restart is needed for cpu.bytes", "active"]
+    assert "reload: configuration reloaded changed=log.level restart=cpu.bytes" in unit.machine.journal()
+    unit.configure(MEMORY, '[log]\nlevel = "info"\nlevle = "debug"')
+    assert unit.systemctl("reload", check=False).returncode == 1
+    unit.signal("SIGHUP")
+    until(lambda: "reload: configuration not reloaded" in unit.machine.journal(), "SIGHUP is not answered", 10)
+    assert "log.levle = 'debug' is no key of tierd: did you mean log.level?" in unit.machine.journal().replace('\\"', "'")
+    unit.configure(MEMORY, '[log]\nlevel = "warning"')
+    unit.signal("SIGHUP")
+    until(lambda: unit.show("StatusText") == ["serving"], "SIGHUP does not reload", 10)
+    assert (unit.pid(), unit.show("ActiveState")[0]) == (pid, "active")
+
+
+def test_a_wrong_configuration_is_not_started_again(unit: Unit) -> None:
+    """Exit status 2, no restart, and the message in the journal; corrected, it starts."""
+    unit.configure('[cpu]\nbytes = "lots"')
+    assert unit.systemctl("start", check=False).returncode
+    result = unit.show("Result", "ExecMainStatus", "NRestarts", "ActiveState")
+    assert result == ["exit-code", "2", "0", "failed"]
+    message = "tierd serve: /etc/tierd/tierd.toml: cpu.bytes = 'lots' must be a number of bytes"
+    assert message in unit.machine.journal()
+    unit.configure(MEMORY)
+    unit.systemctl("start")
+    assert unit.show("ActiveState") == ["active"]
+
+
+def test_a_store_that_is_too_small_for_the_configuration_is_refused_at_start(unit: Unit) -> None:
+    """Whatever systemd's version, more segments than FileDescriptorStoreMax= are refused before one can be lost."""
+    unit.configure('[cpu]\nbytes = "1GiB"\nsegment_bytes = "128KiB"\n[nvme]\nbytes = 0')
+    assert unit.systemctl("start", check=False).returncode
+    assert "are 16640 descriptors to keep, the manager keeps 4096" in unit.machine.journal()
+    assert unit.show("ExecMainStatus") == ["2"]
+
+
+def test_only_members_of_the_group_can_connect(unit: Unit, machine: Machine) -> None:
+    """The data socket is tierd's with mode 0660, the admin socket its alone, and nobody else's state can be read."""
+    unit.systemctl("start")
+    names = ["/run/tierd/tierd.sock", "/run/tierd/admin.sock", "/run/tierd", "/var/lib/tierd"]
+    found = machine.run("stat", "--format=%A %U %G", *names).stdout.split("\n")[:4]
+    assert found == ["srw-rw---- tierd tierd", "srw------- tierd tierd", "drwxr-xr-x tierd tierd", "drwx------ tierd tierd"]
+
+
+def test_the_installed_unit_is_as_closed_as_the_shipped_one(machine: Machine) -> None:
+    """`systemd-analyze security` on the installed files, with an environment in somebody's home, stays at 1.6 or less."""
+    machine.run("systemd-analyze", "verify", *(f"/etc/systemd/system/{name}" for name in ("tierd.service", "tierd.socket")))
+    print(
+        machine.run("systemd-analyze", "security", "--offline=true", "--threshold=16", "tierd.service").stdout.splitlines()[-1]
+    )

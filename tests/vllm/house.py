@@ -1,0 +1,244 @@
+"""vLLM's own scheduler with a worker whose KV is a function of the tokens, so that a wrong page is caught exactly.
+
+Everything between scheduler and connector is vLLM's; only the model is not there. A position's KV is a number that follows
+from all tokens up to it. Before it computes, the worker reads the KV of every position that the scheduler says is computed:
+one that is another request's, was never loaded, or was overwritten meanwhile, ends the test.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+from tierd.clock import monotonic_seconds
+from tierd_engine.connectors.vllm import TierdConnector
+
+BLOCK = 32
+LAYERS = ("first", "second")
+WIDTH = 4
+"""Numbers of a position in one layer."""
+STEPS_SECONDS_MAX = 60.0
+
+
+class House:
+    """One engine: scheduler, worker, and the pages between them."""
+
+    def __init__(
+        self, model: Path, transfer: dict[str, Any], pages: int = 64, asynchronous: bool = False, **arguments: Any
+    ) -> None:
+        given = {"max_num_seqs": 8, "max_model_len": 2048, "max_num_batched_tokens": 512, **arguments}
+        self.config = EngineArgs(
+            str(model),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            block_size=BLOCK,
+            kv_transfer_config=transfer,
+            async_scheduling=asynchronous,
+            **given,
+        ).create_engine_config()
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=WIDTH // 2, dtype=torch.float32)
+        page = spec.page_size_bytes
+        tensors = [KVCacheTensor(page * pages * len(LAYERS), list(LAYERS), page * pages, page)]
+        groups = [KVCacheGroupSpec(list(LAYERS), spec)]
+        self.kv_cache_config = KVCacheConfig(pages, tensors, groups, kv_cache_layout="LBHNC", hash_block_size=BLOCK)
+        self.config.cache_config.num_gpu_blocks = pages
+        self.caches = {name: torch.full((pages, 1, BLOCK, WIDTH), -1, dtype=torch.int32) for name in LAYERS}
+        self.connector = TierdConnector(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
+        self.connector.register_kv_caches(self.caches)
+        make = self.config.scheduler_config.get_scheduler_cls()
+        self.scheduler = make(
+            vllm_config=self.config,
+            kv_cache_config=self.kv_cache_config,
+            structured_output_manager=StructuredOutputManager(self.config),
+            block_size=BLOCK,
+            hash_block_size=BLOCK,
+            log_stats=True,
+        )
+        hash_function = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(BLOCK, hash_function)
+        self._ahead = 2 if asynchronous else 1
+        self._running: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.tokens: dict[str, list[int]] = {}
+        self._pages: dict[str, list[int]] = {}
+        self.computed: dict[str, int] = {}
+        """Positions that were really computed, by request."""
+        self.ended: dict[str, str] = {}
+        """Why each request has ended."""
+        self._wrong: dict[str, str] = {}
+        self._ids = 0
+
+    @property
+    def side(self) -> Any:
+        """The connector's side in the scheduler."""
+        return self.scheduler.connector.scheduler
+
+    def add(self, prompt: list[int], max_tokens: int = 1, salt: str | None = None, **tierd: bool) -> str:
+        """A new request; returns its id."""
+        self._ids += 1
+        name = f"r{self._ids}"
+        extra = {"kv_transfer_params": {"tierd": tierd}} if tierd else None
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+        sampling.update_from_generation_config({}, None)
+        request = Request(name, prompt, sampling, None, cache_salt=salt, block_hasher=self._hasher)
+        self.tokens[name], self.computed[name] = list(prompt), 0
+        self.scheduler.add_request(request)
+        return name
+
+    def run(self, prompt: list[int], max_tokens: int = 1, **given: Any) -> int:
+        """One request to its end; returns how many positions of it were computed."""
+        name = self.add(prompt, max_tokens, **given)
+        self.finish()
+        assert len(self.tokens[name]) == len(prompt) + max_tokens
+        assert self.tokens[name] == expected(prompt, max_tokens)
+        return self.computed[name]
+
+    def finish(self) -> None:
+        """Step until there is nothing left to do, saves included."""
+        deadline = monotonic_seconds() + STEPS_SECONDS_MAX
+        while self.scheduler.has_requests() or self._running:
+            assert monotonic_seconds() < deadline, f"requests {list(self.scheduler.requests)} do not end"
+            self.step()
+
+    def step(self, between: Callable[[], object] = lambda: None) -> None:
+        """Schedule one step, execute it, and take the result of it or, when steps overlap, of the one before.
+
+        `between` happens when the scheduler has decided and the worker has done nothing yet.
+        """
+        output = self.scheduler.schedule()
+        between()
+        self._running.append((output, self._execute(output)))
+        while len(self._running) >= self._ahead or (self._running and not output.total_num_scheduled_tokens):
+            scheduled, result = self._running.popleft()
+            for outputs in self.scheduler.update_from_output(scheduled, result).values():
+                for each in outputs.outputs:
+                    if each.finish_reason is not None:
+                        self.ended[each.request_id] = str(each.finish_reason)
+
+    def abort(self, name: str) -> None:
+        """The client has gone."""
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def check_empty(self) -> None:
+        """Nothing is left of any request: no page, no run, no lease."""
+        assert not self.scheduler.requests and not self.scheduler.running
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == self.kv_cache_config.num_blocks - 1, "pages are leaked"
+        self.side.check_idle()
+
+    def forget(self) -> None:
+        """vLLM's own prefix cache is empty now, so that whatever is not computed comes from tierd."""
+        assert self.scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        """End both sessions."""
+        self.scheduler.shutdown()
+        self.connector.shutdown()
+
+    # -- the worker ---------------------------------------------------------------------------------------------------
+
+    def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        self._take_pages(output)
+        kv_transfer_state._KV_CONNECTOR_AGENT = self.connector
+        names, sampled = list(output.num_scheduled_tokens), []
+        self._wrong = {}
+        with (
+            set_forward_context(None, self.config),
+            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output) as said,
+        ):
+            sampled += [self._compute(name, self._at[name], output.num_scheduled_tokens[name]) for name in names]
+        for name, message in self._wrong.items():  # a load within the step has failed, and vLLM throws the result away
+            assert said.invalid_block_ids & set(self._pages[name]), message
+            self.computed[name] -= output.num_scheduled_tokens[name]
+            if sampled[names.index(name)]:
+                self.tokens[name].pop()
+        return ModelRunnerOutput(names, {name: at for at, name in enumerate(names)}, sampled, kv_connector_output=said)
+
+    def _take_pages(self, output: SchedulerOutput) -> None:
+        """As vLLM's runner keeps its block tables."""
+        self._at = {}
+        for new in output.scheduled_new_reqs:
+            self._pages[new.req_id], self._at[new.req_id] = list(new.block_ids[0]), new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for name, pages, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            self._at[name] = computed
+            if name in cached.resumed_req_ids:
+                self._pages[name] = list(pages[0])
+            elif pages is not None:
+                self._pages[name] += pages[0]
+
+    def _compute(self, name: str, first: int, count: int) -> list[int]:
+        """Read what is said to be computed, write what is not, and say the next token where the prompt is complete."""
+        tokens, pages = self.tokens[name], self._pages[name]
+        numbers = torch.tensor(chain(tokens[: first + count]), dtype=torch.int32)
+        assert len(numbers) == first + count, f"{name}: {first} + {count} positions of {len(tokens)} tokens"
+        where = torch.tensor(pages)[torch.arange(first + count) // BLOCK], torch.arange(first + count) % BLOCK
+        for at, cache in enumerate(self.caches.values()):
+            read = cache[where[0], 0, where[1]][:first]
+            wrong = (read != (numbers[:first, None] + at)).any(1).nonzero()
+            if len(wrong):
+                self._wrong[name] = f"{name}: wrong KV at position {int(wrong[0])} of {first} computed ones"
+            cache[where[0][first:], 0, where[1][first:]] = numbers[first:, None] + at
+        self.computed[name] += count
+        if first + count < len(tokens):
+            return []
+        tokens.append(spoken(int(numbers[-1])))
+        return [tokens[-1]]
+
+
+def chain(tokens: list[int]) -> list[int]:
+    """The number of every position: it follows from the tokens up to it."""
+    numbers, number = [], 1
+    for token in tokens:
+        number = (number * 1_000_003 + token + 1) % 1_000_000_007
+        numbers.append(number)
+    return numbers
+
+
+def spoken(number: int) -> int:
+    """The token that follows a position."""
+    return number % 500
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    """The prompt, and what is said to it."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(spoken(chain(tokens)[-1]))
+    return tokens
+
+
+class Flaky:
+    """A client whose loads stop after some blocks, and leave rubbish in the pages behind; everything else is the real one's."""
+
+    def __init__(self, client: Any, good: int) -> None:
+        self._client, self.good, self.loads = client, good, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def load(self, hashes: bytes, pool: Any, pages: Any, parent: bytes) -> int:
+        """Some, and not the others."""
+        self.loads += 1
+        good = min(self.good, len(pages))
+        arrived = self._client.load(hashes[: 32 * good], pool, pages[:good], parent)
+        for layer in pool._layers:
+            layer[torch.from_numpy(pages[good:])] = 0x0BAD_0BAD
+        return int(arrived)

@@ -1,0 +1,237 @@
+"""The connector under vLLM's own scheduler: whatever happens to a request, its KV is that of its tokens, and nothing leaks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon.conftest import Start
+from tests.daemon.harness import Daemon
+from tests.vllm.conftest import transfer
+from tests.vllm.house import BLOCK, Flaky, House, chain, expected
+from tierd.clock import monotonic_seconds
+
+Build = Callable[..., House]
+
+
+def prompt(seed: int, blocks: int, more: int = 5) -> list[int]:
+    """So many full blocks and some tokens."""
+    return random.Random(seed).choices(range(500), k=blocks * BLOCK + more)
+
+
+@pytest.fixture
+def daemon(start: Start) -> Daemon:
+    """Room for some thousand blocks."""
+    return start(cpu_bytes=16 << 20, cpu_segment_bytes=1 << 20, nvme_bytes=16 << 20, nvme_segment_bytes=1 << 20)
+
+
+@pytest.fixture
+def build(daemon: Daemon, random_model: Path) -> Iterator[Build]:
+    """Builds engines on that daemon; at the end each must be empty."""
+    built: list[House] = []
+
+    def make(*, load: str = "async", save: str = "async", options: dict[str, Any] | None = None, **given: Any) -> House:
+        config = transfer(daemon.socket, load=load, save=save, **(options or {}))
+        built.append(House(random_model, config, **given))
+        return built[-1]
+
+    yield make
+    for house in built:
+        house.check_empty()
+    if daemon.process is not None and daemon.process.poll() is None:
+        daemon.wait_until(lambda _: not leases(daemon))
+    for house in built:
+        house.close()
+
+
+def leases(daemon: Daemon) -> float:
+    """How many the daemon knows of."""
+    return sum(value for name, value in daemon.metrics().items() if name.startswith("tierd_leases"))
+
+
+MODES = [(load, save, ahead) for load in ("async", "sync") for save in ("async", "sync") for ahead in (False, True)]
+
+
+@pytest.mark.parametrize(("load", "save", "ahead"), MODES)
+def test_a_second_engine_computes_only_what_is_not_in_tierd(build: Build, load: str, save: str, ahead: bool) -> None:
+    """The first stores while it computes and speaks; the second loads all full blocks but never the last token."""
+    first, second = build(load=load, save=save, asynchronous=ahead), build(load=load, save=save, asynchronous=ahead)
+    text = prompt(1, 10)
+    assert first.run(text, max_tokens=70) == len(text) + 69
+    assert second.run(text, max_tokens=70) == 5 + 69
+    whole = first.tokens["r1"]
+    assert second.run(whole[: 12 * BLOCK + 1]) == 1, "what was said is stored, too"
+
+
+def test_of_a_full_hit_the_last_block_is_computed(build: Build) -> None:
+    """As with vLLM's own prefix cache: somebody has to say what comes next."""
+    text = prompt(2, 6, more=0)
+    build().run(text)
+    assert build().run(text) == BLOCK
+
+
+@pytest.mark.parametrize("load", ["async", "sync"])
+@pytest.mark.parametrize("good", [0, 1, 4, 9])
+def test_blocks_that_do_not_arrive_are_computed_once_and_not_asked_for_again(build: Build, load: str, good: int) -> None:
+    """The first, one in the middle or the last is lost: the request never sees rubbish, and does not ask for ever."""
+    text = prompt(3, 10)
+    build().run(text)
+    house = build(load=load)
+    flaky = house.connector.worker.client = Flaky(house.connector.worker.client, good)  # type: ignore[assignment]
+    computed = house.run(text, max_tokens=3)
+    assert computed >= len(text) + 2 - good * BLOCK
+    assert flaky.loads == 1
+    flaky.good = 10
+    house.forget()
+    assert house.run(text, max_tokens=3) == 5 + 2, "what one request lost is offered to the next"
+
+
+def test_a_daemon_killed_between_look_up_and_load_costs_a_computation(build: Build, daemon: Daemon) -> None:
+    """What was promised is gone: it is computed, nobody notices, and hits return with the daemon, without a new engine."""
+    text = prompt(4, 8)
+    build().run(text)
+    house = build()
+    name = house.add(text)
+    house.step(between=daemon.kill)
+    house.finish()
+    assert house.computed[name] == len(text) and house.tokens[name] == expected(text, 1)
+    daemon.start()
+    deadline = monotonic_seconds() + 20
+    while True:  # the client leaves a daemon that was away alone for a while
+        assert monotonic_seconds() < deadline, "no hits after the daemon is back"
+        house.forget()
+        if house.run(text) == 5:
+            break
+
+
+def test_the_head_may_be_in_vllms_cache_and_the_rest_in_tierd(build: Build) -> None:
+    """Only what is missing is loaded, behind the parent that is there."""
+    text = prompt(5, 12)
+    build().run(text)
+    house = build()
+    house.run(text[: 5 * BLOCK + 1])
+    house.connector.worker.take()
+    assert house.run(text) == 5
+    loaded = house.connector.worker.client.statistics["blocks_loaded"]
+    assert loaded == 12, "the head with the first request, what is behind it with the second"
+
+
+def test_an_abort_while_blocks_come_leaks_nothing(build: Build) -> None:
+    """The pages stay until the copy has ended, the lease until then, and both go."""
+    text = prompt(6, 10)
+    build().run(text)
+    house = build()
+    name = house.add(text)
+    house.step()
+    assert house.side._loading
+    house.abort(name)
+    house.finish()
+    assert house.computed[name] == 0
+    assert house.run(text) == 5
+
+
+def test_an_abort_between_look_up_and_load_gives_the_lease_back(build: Build) -> None:
+    """No pages for it: the request waits with a lease, until its client has gone."""
+    text = prompt(7, 10)
+    build().run(text)
+    house = build(pages=16)
+    long = house.add(prompt(8, 12), max_tokens=20)
+    house.step()
+    name = house.add(text)
+    house.step()
+    house.abort(name)
+    house.abort(long)
+    house.finish()
+
+
+def test_preempted_requests_come_back_with_the_right_kv(build: Build) -> None:
+    """More than there are pages for, all at once: everyone says what they would have said alone."""
+    house = build(pages=24)
+    texts = [prompt(seed, 4) for seed in range(10, 16)]
+    names = [house.add(text, max_tokens=3 * BLOCK) for text in texts]
+    house.finish()
+    assert sum(house.computed[name] for name in names) > 0
+    for name, text in zip(names, texts, strict=True):
+        assert len(house.tokens[name]) == len(text) + 3 * BLOCK
+        tokens = house.tokens[name]
+        assert all(token == chain(tokens[:at])[-1] % 500 for at, token in list(enumerate(tokens))[len(text) :: 17])
+
+
+def test_salts_do_not_share(build: Build) -> None:
+    """The same text under another salt, or none, is another text."""
+    text = prompt(9, 5)
+    house = build()
+    house.run(text, salt="a")
+    house.forget()
+    assert house.run(text, salt="b") == len(text)
+    house.forget()
+    assert house.run(text) == len(text)
+    house.forget()
+    assert house.run(text, salt="a") == 5
+
+
+def test_a_request_may_decline(build: Build) -> None:
+    """`kv_transfer_params`: do not store, do not load."""
+    text = prompt(17, 5)
+    house = build()
+    house.run(text, store=False)
+    house.forget()
+    assert house.run(text) == len(text)
+    house.forget()
+    assert house.run(text, load=False) == len(text)
+    house.forget()
+    assert house.run(text) == 5
+
+
+def test_without_a_daemon_everything_is_computed(build: Build, daemon: Daemon) -> None:
+    """Before, during and after: the same tokens; what is held for saves that fail is given back."""
+    daemon.kill()
+    house = build()
+    assert house.run(prompt(18, 5), max_tokens=40) == 5 * BLOCK + 5 + 39
+    house.forget()
+    assert house.run(prompt(18, 5)) == 5 * BLOCK + 5
+
+
+def test_what_tierd_did_not_take_is_offered_again(build: Build, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that outlives the daemon's absence stores its whole chain with one of its next blocks."""
+    monkeypatch.setattr("tierd_engine.connectors.vllm.scheduler.AGAIN_SECONDS", 0.0)
+    daemon.kill()
+    text = prompt(20, 3)
+    house = build()
+    name = house.add(text, max_tokens=800)
+    while house.computed[name] < 6 * BLOCK:
+        house.step()
+    daemon.start()
+    deadline = monotonic_seconds() + 20
+    while not daemon.status()["namespaces"]:
+        assert monotonic_seconds() < deadline and name in house.scheduler.requests
+        house.step()
+    house.finish()
+    house.forget()
+    assert house.run(text) == 5
+
+
+def test_saves_take_no_more_pages_than_their_share(build: Build) -> None:
+    """What does not fit is skipped now and offered again; the request does not wait."""
+    house = build(pages=64, options={"saving_share": 0.1})
+    text = prompt(21, 14)
+    house.add(text, max_tokens=2)
+    most = 0
+    while house.scheduler.has_requests():
+        house.step()
+        most = max(most, house.side._saving_pages)
+    assert 0 < most <= 6
+    house.forget()
+    assert house.run(text) < len(text)
+
+
+@pytest.mark.parametrize("chunk", [64, 96, 512])
+def test_chunks_of_a_prompt_are_stored_as_they_come(build: Build, chunk: int) -> None:
+    """Whatever the budget of a step, the chain is whole."""
+    text = prompt(22, 9)
+    build(max_num_batched_tokens=chunk).run(text, max_tokens=3)
+    assert build(max_num_batched_tokens=chunk).run(text, max_tokens=3) == 5 + 2
