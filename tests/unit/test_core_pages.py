@@ -9,6 +9,7 @@ from tests.sim.clients import Client, Place, chain
 from tests.sim.pages import PagedWorld
 from tierd.block import ROOT
 from tierd.core.plan import DEMAND, NAMED, UNNAMED, WRITE_BACK, Hint, Wait
+from tierd.core.policy.chd import Chd, own_kind
 from tierd.errors import Busy, Invalid
 
 GPU, CPU, NVME = 0, 1, 2
@@ -162,6 +163,23 @@ def test_a_hint_stays_with_the_last_block_of_a_turn() -> None:
     entry = world.cache.index.find(hashes[-1])
     assert entry and entry[0].hint == Hint("tool_use", "talk")
     assert world.cache.counters["turn", "tool_use"] == 2
+
+
+def test_the_end_of_a_turn_moves_its_chain_in_an_order_that_learns() -> None:
+    """Under chd every run of a conversation is of the class of what its turn ended with; one that was not said, of another."""
+    world = PagedWorld(3, 8, slots=8, gpu=2, policies={"gpu": "chd"})
+    client = world.open(GPU)
+    said, silent = chain(range(4)), chain([9, 8, 7])
+    for hashes in (said, silent):
+        world.lookup(client, hashes)
+        compute(world, client, hashes)
+    world.cache.ended(said[-1], Hint("tool_use", None))
+    kinds = []
+    for hashes in (said, silent):
+        order, entry = world.cache.index.orders[GPU], world.cache.index.find(hashes[-1])
+        assert isinstance(order, Chd) and entry
+        kinds.append({order._runs[node].kind for node in world.cache.index.path(entry[0]) if node in order._runs})
+    assert kinds == [{own_kind(1, "tool_use")}, {own_kind(1, None)}]
 
 
 # -- lives ------------------------------------------------------------------------------------------------------------
