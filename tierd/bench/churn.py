@@ -60,7 +60,8 @@ class Tree:
         started = monotonic_seconds()
         pieces = self.index.match(hashes) or []
         known = sum([piece.blocks for piece in pieces])
-        pieces = self.index.touch(pieces, now, hashes[known * HASH_BYTES :])
+        rest = hashes[known * HASH_BYTES :]
+        pieces = self.index.touch(pieces, now, rest)
         node = pieces[-1].node if pieces else self.index.root
         new = len(hashes) // HASH_BYTES - known
         if pieces and node.slots[NVME, pieces[-1].end - 1] < 0:  # nvme is prefix-closed: a hole reaches to the end
@@ -72,7 +73,7 @@ class Tree:
             pool.enter(slots)
             rows[tier, : len(slots)] = slots
         if new:
-            self.index.extend(node, hashes[known * HASH_BYTES :], rows, now)
+            self.index.extend(node, rest, rows, now)
         self.seconds += monotonic_seconds() - started
         self.inserted += new
 
