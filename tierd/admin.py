@@ -12,6 +12,7 @@ from tierd.core.plan import WRITE_BACK
 from tierd.errors import Invalid
 from tierd.keeper import Keeper
 from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, slots_by_state
+from tierd.recorder import Recorder
 from tierd.server import Connection
 from tierd.tiers.io import Io
 from tierd.wire.messages import Request
@@ -19,6 +20,8 @@ from tierd.wire.messages import Request
 GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
 GIVEN_UP += [("failed", outcome, WRITE_BACK) for outcome in FAILURES]
 """Counters of blocks that were to be written and will not be."""
+RECORD_SECONDS = 1.0
+"""How long an answer to `record` waits for the first request."""
 
 
 class Admin:
@@ -29,12 +32,13 @@ class Admin:
         config: Config,
         keeper: Keeper,
         metrics: Metrics,
+        recorder: Recorder,
         io: Io,
         metrics_address: str,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._config, self._keeper, self._metrics, self._io = config, keeper, metrics, io
+        self._config, self._keeper, self._metrics, self._recorder, self._io = config, keeper, metrics, recorder, io
         self._drain, self._reload = drain, reload
         self._metrics_address = metrics_address
         self._started = clock.monotonic_seconds()
@@ -43,10 +47,11 @@ class Admin:
         """Nothing is kept per connection; the server admits only root and the daemon's own user."""
 
     def disconnected(self, connection: Connection) -> None:
-        """Nothing was kept."""
+        """A recording ends with the connection that asked for it."""
+        self._recorder.end(connection)
 
     def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
-        """Answer status, sync, drain and reload."""
+        """Answer status, sync, drain, reload and record."""
         match request.verb:
             case "status":
                 return self.status()
@@ -57,6 +62,9 @@ class Admin:
                 return {}
             case "reload":
                 return self._reload()
+            case "record":
+                seconds = min(RECORD_SECONDS, self._config.limits.wait_seconds_max / 2)
+                return self._recorder.take(connection, request["namespace"], seconds)
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
@@ -90,6 +98,7 @@ class Admin:
             "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},
             "checksum_failures": sum(n for name, n in counters.items() if name[:2] == ("failed", "mismatch")),
             "unwritten_runs": self._keeper.unwritten(),
+            "recording": self._recorder.status(),
             "sessions": sum(len(space.sessions) for space in spaces),
             "namespaces": [
                 {

@@ -28,6 +28,7 @@ from tierd.keeper import Keeper
 from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
+from tierd.recorder import Recorder
 from tierd.reload import Reloader
 from tierd.server import Server
 from tierd.service import Service
@@ -94,7 +95,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
         kept = Kept()
         stack.callback(kept.close)
-        service = Service(config, keeper, metrics, kept, space_of)
+        recorder = Recorder()
+        service = Service(config, keeper, metrics, kept, recorder, space_of)
 
         def configure(config: Config) -> None:
             service.config = config
@@ -110,7 +112,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         loopback = Exporter(metrics.registry, health, config.metrics.listen, made=metrics_socket, scraped=metrics.scraped)
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, way, exporter.address, stop.set, reloader.reload)
+        admin = Admin(config, keeper, metrics, recorder, way, exporter.address, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)

@@ -19,6 +19,7 @@ from tierd.kept import Kept
 from tierd.layout import Layout, Namespace
 from tierd.log import get_logger
 from tierd.metrics import Metrics
+from tierd.recorder import Recorder
 from tierd.server import Connection
 from tierd.space import Attached, Slots, Space, give_segments
 from tierd.verbs import BY_NAME, Answer, Reply, Verbs
@@ -32,14 +33,20 @@ class Service:
     """Serves the data socket. `space_of` gives a namespace's space, made if need be."""
 
     def __init__(
-        self, config: Config, keeper: Keeper, metrics: Metrics, kept: Kept, space_of: Callable[[Namespace], Space]
+        self,
+        config: Config,
+        keeper: Keeper,
+        metrics: Metrics,
+        kept: Kept,
+        recorder: Recorder,
+        space_of: Callable[[Namespace], Space],
     ) -> None:
         self.config = config
         """Replaced as a whole by a reload."""
         self._keeper, self._metrics, self._kept, self._space_of = keeper, metrics, kept, space_of
         self._incarnation = os.urandom(16)
         self._draining = False
-        self._verbs = Verbs(config.limits, keeper)
+        self._verbs = Verbs(config.limits, keeper, recorder)
         self._seconds = {verb: metrics.requests.labels(verb) for verb in (*_OPENING, *_SESSION, *BY_NAME)}
 
     # -- connections --------------------------------------------------------------------------------------------------

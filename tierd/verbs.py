@@ -17,6 +17,7 @@ from tierd.config import Limits
 from tierd.core.plan import Hint, Wait
 from tierd.errors import Busy, Gone, Invalid
 from tierd.keeper import Keeper
+from tierd.recorder import Recorder
 from tierd.space import Attached, Slots, Space, give_segments
 from tierd.wire.messages import TURN_ENDS, Request, pack_slots, unpack_slots
 
@@ -27,8 +28,8 @@ Answer = Reply | Awaitable[Reply]
 class Verbs:
     """Verbs of a session. The cache decides, the keeper finds room and moves; here is only what may be asked and is told."""
 
-    def __init__(self, limits: Limits, keeper: Keeper) -> None:
-        self._limits, self._keeper = limits, keeper
+    def __init__(self, limits: Limits, keeper: Keeper, recorder: Recorder) -> None:
+        self._limits, self._keeper, self._recorder = limits, keeper, recorder
 
     def lookup(self, session: Attached, arguments: Request) -> Answer:
         """Lease the longest prefix, and name the slots of what can be read at once."""
@@ -46,8 +47,10 @@ class Verbs:
         return self._find_prefix(session, hashes, parent)
 
     def _find_prefix(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
-        cache = session.space.cache
-        found = cache.lookup(session.id, hashes, parent, clock.unix_milliseconds())
+        cache, now = session.space.cache, clock.unix_milliseconds()
+        if self._recorder.is_on:
+            self._recorder.asked(session.space, hashes, parent, now)
+        found = cache.lookup(session.id, hashes, parent, now)
         if cache.planned or cache.hastened:
             self._keeper.pump(session.space)
             self._keeper.supply_ahead(session.space, session.tier)
@@ -179,6 +182,8 @@ class Verbs:
         hint = Hint(arguments["turn"], arguments["conversation"])
         if hint.turn not in TURN_ENDS:
             raise Invalid(f"ended: turn {hint.turn!r} is not one of {', '.join(TURN_ENDS)}")
+        if self._recorder.is_on:
+            self._recorder.ended(session.space, arguments["block"], hint, clock.unix_milliseconds())
         session.space.cache.ended(arguments["block"], hint)
         return {}
 

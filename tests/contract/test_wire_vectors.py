@@ -80,6 +80,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "sync": {"deadline_ms": 5000},
     "drain": {},
     "reload": {},
+    "record": {"namespace": b"n" * 8},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,

@@ -96,10 +96,10 @@ def test_a_wrong_configuration_ends_with_two_before_anything_is_made(tmp_path: P
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("command", ["status", "sync", "reload"])
+@pytest.mark.parametrize("command", ["status", "sync", "reload", "record trace.jsonl"])
 def test_without_a_daemon_commands_end_with_three(command: str, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the socket and how to start a daemon."""
-    assert main([command, "--runtime-dir", str(short_path)]) == UNREACHABLE
+    assert main([*command.split(), "--runtime-dir", str(short_path)]) == UNREACHABLE
     assert f"no daemon at {short_path}/admin.sock" in capsys.readouterr().err
 
 
@@ -115,6 +115,7 @@ STATUS = {
     "evicted_blocks": {"cpu.clean": 1000, "cpu.drop": 0},
     "checksum_failures": 0,
     "unwritten_runs": 3,
+    "recording": {"requests": 12, "left": 0, "missed": 0},
     "namespaces": [],
     "incarnation": b"\x0f",
 }
@@ -130,6 +131,7 @@ lookups  1,000 blocks asked: cpu 75.0%, miss 25.0%
 evicted  1,000 from cpu (clean)
 waiting  3 runs to be written to nvme
 damaged  0 blocks whose checksum was wrong
+record   12 requests since somebody began to record them
 
 no namespace was opened yet
 """

@@ -25,6 +25,7 @@ COMMANDS = {
     "sync": "wait until everything admitted so far is on NVMe",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
     "doctor": "say what this machine lacks, and what to do about it",
+    "record": "record what engines ask of a running daemon, as a trace to replay",
     "replay": "replay a trace through the eviction policies, to choose one",
     "bench": "measure this machine and tierd on it",
     "version": "print the version",

@@ -45,6 +45,8 @@ def page(status: Mapping[str, Any]) -> Iterator[str]:
     yield f"evicted  {evictions(status['evicted_blocks'])}"
     yield f"waiting  {status['unwritten_runs']:,} runs to be written to nvme"
     yield f"damaged  {status['checksum_failures']:,} blocks whose checksum was wrong"
+    if status["recording"]:
+        yield f"record   {status['recording']['requests']:,} requests since somebody began to record them"
     yield ""
     yield from namespaces(status["namespaces"])
 

@@ -90,7 +90,13 @@ DATA = {
     "bye": {},
     "stats": {},
 }
-ADMIN: dict[str, dict[str, Argument]] = {"status": {}, "sync": {}, "drain": {}, "reload": {}}
+ADMIN: dict[str, dict[str, Argument]] = {
+    "status": {},
+    "sync": {},
+    "drain": {},
+    "reload": {},
+    "record": {"namespace": optional(Argument(bytes, 0, 32), b"")},
+}
 
 WELCOME = {
     "version": U32,
