@@ -112,8 +112,9 @@ LIFETIME = Series(
     HISTOGRAM,
     "seconds",
     ("tier",),
-    "How long blocks had been in a tier when they left it to make room, of every 64th slot.",
-    "Blocks that an earlier life of the daemon left are not in it.",
+    "How long ago blocks had been stored when they left a tier to make room.",
+    "Its count is that of `tierd_eviction_idle_seconds`. Blocks that were used together count as stored at the mean of their "
+    "times; those of an earlier life of the daemon at their last use in it.",
 )
 REUSE_GAP = Series(
     "tierd_reuse_gap_seconds",

@@ -202,8 +202,8 @@ def test_what_an_endless_cache_would_find_is_what_was_asked_for_before(start: St
     assert total(samples, "tierd_reuse_gap_seconds_bucket", le="60.0") == seen
 
 
-def test_evicted_blocks_have_an_age_each_and_some_a_lifetime(start: Start) -> None:
-    """Ages are counted for all blocks that made room, lifetimes for every 64th slot."""
+def test_evicted_blocks_have_an_age_and_a_lifetime_each(start: Start) -> None:
+    """Both are counted for all blocks that made room."""
     daemon = start(nvme_bytes=0)
     with daemon.peer() as wire:
         for seed in range(1, 30):
@@ -212,7 +212,7 @@ def test_evicted_blocks_have_an_age_each_and_some_a_lifetime(start: Start) -> No
     evicted = total(samples, "tierd_evicted_blocks_total", tier="cpu")
     assert evicted > 2000
     assert total(samples, "tierd_eviction_idle_seconds_count", tier="cpu") == evicted
-    assert evicted / 128 < total(samples, "tierd_block_lifetime_seconds_count", tier="cpu") < evicted / 32
+    assert total(samples, "tierd_block_lifetime_seconds_count", tier="cpu") == evicted
     for name in ("eviction_idle", "block_lifetime"):
         counts = [value for sample, value in samples.items() if sample.startswith(f"tierd_{name}_seconds_bucket")]
         assert counts == sorted(counts), "buckets are cumulative"

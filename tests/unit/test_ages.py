@@ -10,10 +10,9 @@ from collections import Counter
 import numpy as np
 from prometheus_client import CollectorRegistry, Histogram
 
-from tests.sim.directories import Segment
 from tierd import lag
 from tierd.core.ages import BOUNDS, BUCKETS, EVERYWHERE, GAP, IDLE, SAMPLE, SUM, note_ages
-from tierd.core.pool import Pool
+from tierd.core.index import Index, Piece
 from tierd.core.seen import CELLS, Seen
 
 SECOND = 1000
@@ -30,9 +29,9 @@ def test_ages_one_by_one_and_together_come_to_the_same() -> None:
     one: Counter[tuple[str, ...]] = Counter()
     all_at_once: Counter[tuple[str, ...]] = Counter()
     for age in ages:
-        note_ages(one, IDLE, "cpu", np.array([age]), np.array([3]))
+        note_ages(one, IDLE, "cpu", [(age, 3)])
     for _ in range(3):
-        note_ages(all_at_once, IDLE, "cpu", np.array(ages, np.int64))
+        note_ages(all_at_once, IDLE, "cpu", [(age, 1) for age in ages])
     assert one == all_at_once
     assert [one[IDLE, "cpu", bucket] for bucket in BUCKETS] == [12, 9, 9, 9, 9, 9, 9, 6]
     assert one[IDLE, "cpu", SUM] == 3 * sum(max(age, 0) for age in ages)
@@ -69,16 +68,21 @@ def test_about_one_hash_in_64_is_followed() -> None:
     assert 800 < counters["sampled", "new"] < 1200
 
 
-def test_every_64th_slot_knows_since_when_it_is_taken() -> None:
-    """The latest taking counts; slots that never were, or not in this life, have no time."""
-    pool = Pool(100)
-    for _ in range(2):
-        pool.add_segment(Segment(100).directory, 0)
-    first = pool.take(130, now=50)
-    assert pool.taken_at(first).tolist() == [50, 50, 50]
-    pool.give(first)
-    assert pool.taken_at(pool.take(10, now=70)).tolist() == [70]
-    assert pool.taken_at(np.array([64, 1, 192], np.int32)).tolist() == [50]
+def test_a_run_knows_when_it_was_stored_through_uses_splits_and_joins() -> None:
+    """Uses do not make it younger, both halves of a split are as old, and what is joined has the mean of its blocks."""
+    index = Index(1)
+    hashes = os.urandom(32 * 30)
+    node = index.extend(index.root, hashes[: 32 * 20], np.arange(20, dtype=np.int32)[None], 100)
+    [piece] = index.touch([Piece(node, 0, 10)], 200)
+    assert (len(piece.node), piece.node.born, node.born) == (10, 100, 100)
+    index.touch(index.match(hashes) or [], 300)
+    [whole] = index.nodes()
+    index.extend(whole, hashes[32 * 20 : 32 * 25], np.arange(20, 25, dtype=np.int32)[None], 300)
+    assert whole.born == (20 * 100 + 5 * 300) // 25
+    index.extend(whole, hashes[32 * 25 :], np.arange(25, 30, dtype=np.int32)[None], 400)
+    index.touch(index.match(hashes) or [], 500)
+    [whole] = index.nodes()
+    assert (len(whole), whole.born) == (30, (25 * 140 + 5 * 400) // 30)
 
 
 def test_a_loop_that_is_held_up_is_late() -> None:

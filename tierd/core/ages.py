@@ -1,42 +1,37 @@
 """How old blocks are when something happens to them, counted in blocks by bucket among a cache's other counters.
 
-Three ages: `idle`, since the last use of a block that leaves a tier to make room; `lived`, since its slot was taken (of every
-SAMPLE-th slot); `gap`, since the last lookup of a block that is looked up again (of every SAMPLE-th hash, see `seen`). One
-call for all blocks of an eviction or a request; nothing here is done per block.
+Three ages: `idle`, since the last use of a block that leaves a tier to make room; `lived`, since it was stored; `gap`, since
+the last lookup of a block that is looked up again (of every SAMPLE-th hash, see `seen`). One call for all blocks of an eviction
+or a request; nothing here is done per block: what was used together has one age.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterable
 
 IDLE, LIVED, GAP = "idle", "lived", "gap"
 EVERYWHERE = "all"
 """In place of a tier's name, where an age is not one of a tier."""
 SAMPLE = 64
-"""One slot or hash in so many is followed; a power of two."""
+"""One hash in so many is followed; a power of two."""
 BOUNDS = (1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600)
 """Upper bounds of the buckets, in seconds; one more holds what is older."""
 BUCKETS = (*map(str, BOUNDS), "+Inf")
 SUM = "milliseconds"
-_BOUNDS = 1000 * np.array(BOUNDS, np.int64)
+_BOUNDS = [1000 * bound for bound in BOUNDS]
 
 
-def note_ages(
-    counters: Counter[tuple[str, ...]],
-    kind: str,
-    tier: str,
-    milliseconds: NDArray[np.int64],
-    blocks: NDArray[np.int64] | None = None,
-) -> None:
-    """Count blocks by their ages (int64[n]), one each, or so many (int64[n])."""
-    if not len(milliseconds):
-        return
-    milliseconds = np.maximum(milliseconds, 0)  # the wall clock may have been set back
-    found = np.bincount(np.searchsorted(_BOUNDS, milliseconds), blocks, len(BUCKETS)).tolist()
-    for bucket, number in zip(BUCKETS, found, strict=True):
-        if number:
-            counters[kind, tier, bucket] += int(number)
-    counters[kind, tier, SUM] += int(milliseconds.sum() if blocks is None else milliseconds @ blocks)
+def note_ages(counters: Counter[tuple[str, ...]], kind: str, tier: str, ages: Iterable[tuple[int, int]]) -> None:
+    """Count blocks by their ages: pairs of milliseconds and how many blocks are so old."""
+    found, total = [0] * len(BUCKETS), 0
+    for milliseconds, blocks in ages:
+        age = max(milliseconds, 0)  # the wall clock may have been set back
+        found[bisect_left(_BOUNDS, age)] += blocks
+        total += age * blocks
+    if any(found):
+        for bucket, blocks in zip(BUCKETS, found, strict=True):
+            if blocks:
+                counters[kind, tier, bucket] += blocks
+        counters[kind, tier, SUM] += total

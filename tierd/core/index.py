@@ -39,10 +39,11 @@ NODES_AT_ONCE = 64
 class Node:
     """A run of n blocks: hashes (32 n bytes), slots (int32[tiers, n]), cells (int32[n]: their places in the table).
 
-    `hint` is what an engine said last when it let go of the run's end, for policies.
+    `born` is when its blocks were stored, on average (all that is known of them after a restart is their last use);
+    `hint` what an engine said last when it let go of the run's end, for policies.
     """
 
-    __slots__ = ("cells", "children", "hashes", "hint", "id", "last_use", "parent", "slots", "uses")
+    __slots__ = ("born", "cells", "children", "hashes", "hint", "id", "last_use", "parent", "slots", "uses")
 
     def __init__(self, node_id: int, hashes: bytes, slots: Slots, cells: Cells, parent: Node | None) -> None:
         self.id = node_id
@@ -51,7 +52,7 @@ class Node:
         self.cells = cells
         self.parent = parent
         self.children: dict[bytes, Node] | None = None
-        self.last_use = 0
+        self.born = self.last_use = 0
         self.uses = 0
         self.hint: Hint | None = None
 
@@ -146,11 +147,13 @@ class Index:
                 return int(at)
         return len(hashes) // HASH_BYTES
 
-    def path(self, node: Node) -> Iterator[Node]:
+    def path(self, node: Node) -> list[Node]:
         """The node and its ancestors, deepest first, without the root."""
-        while node.parent is not None:
-            yield node
-            node = node.parent
+        path = []
+        while (parent := node.parent) is not None:
+            path.append(node)
+            node = parent
+        return path
 
     def _follow(self, hashes: bytes, at: int, node: Node, offset: int) -> list[Piece]:
         """Pieces that match `hashes` from byte `at`, where block `offset` of `node` (or its children) comes next."""
@@ -193,6 +196,7 @@ class Index:
         if grows and node.parent is not None and not node.children and node.last_use == now:
             cells = self._enter(hashes, node.id)
             node.hashes += hashes
+            node.born += (now - node.born) * len(hashes) // len(node.hashes)
             node.slots = np.concatenate((node.slots, slots), axis=1)
             node.cells = np.concatenate((node.cells, cells))
             for order in self.orders:
@@ -224,6 +228,7 @@ class Index:
         node_id = self._ids.pop() if self._ids else len(self._nodes)
         slots, cells = node.slots[:, :offset].copy(), node.cells[:offset].copy()
         head = self._add(node_id, node.parent, node.hashes[:cut], slots, cells, node.last_use, node.uses)
+        head.born = node.born
         node.hashes, node.slots, node.cells = (
             node.hashes[cut:],
             node.slots[:, offset:].copy(),
@@ -261,7 +266,7 @@ class Index:
         if start + count < len(node):
             node = self.split(node, start + count)
             pieces = [*pieces[:-1], Piece(node, start, count)]
-        path = list(self.path(node))
+        path = self.path(node)
         for member in path:
             member.last_use = now
             member.uses += 1
@@ -316,7 +321,9 @@ class Index:
             self._swap_ids(top, largest)
         for order in self.orders:
             order.join(group)
-        top.hashes = b"".join([node.hashes for node in group])
+        hashes = b"".join([node.hashes for node in group])
+        top.born = sum(node.born * len(node) for node in group) * HASH_BYTES // len(hashes)
+        top.hashes = hashes
         top.slots = np.concatenate([node.slots for node in group], axis=1)
         top.cells = np.concatenate([node.cells for node in group])
         top.children, top.hint = group[-1].children, group[-1].hint
@@ -436,7 +443,8 @@ class Index:
 
     def _add(self, node_id: int, parent: Node, hashes: bytes, slots: Slots, cells: Cells, last_use: int, uses: int) -> Node:
         node = Node(node_id, hashes, slots, cells, parent)
-        node.last_use, node.uses = last_use, uses
+        node.born = node.last_use = last_use
+        node.uses = uses
         if node_id == len(self._nodes):
             self._nodes.append(node)
         else:
@@ -453,7 +461,7 @@ class Index:
     def _enlist(self, node: Node) -> None:
         """Enter a node in the orders of the tiers that it is new in, and keep its ancestors behind it (hotter)."""
         orders = [order for order, row in zip(self.orders, node.slots, strict=True) if node not in order and any_true(row >= 0)]
-        path = list(self.path(node)) if orders else []
+        path = self.path(node) if orders else []
         for order in orders:
             order.add(node)
             order.touch(path)

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
-from tierd.core.ages import SAMPLE
 from tierd.core.plan import all_true, any_true
 
 Slots = NDArray[np.int32]
@@ -57,8 +56,6 @@ class Pool:
         self.last_use: dict[int, int] = {}
         """Latest use of anything in a segment, by ordinal."""
         self._stack: Slots = np.zeros(0, np.int32)
-        self._since: NDArray[np.int64] = np.zeros(0, np.int64)
-        """When every SAMPLE-th slot was taken, in Unix milliseconds; 0: it never was."""
         self._free = 0
         self._grouped: tuple[tuple[int, bytes], list[Group]] = (0, b""), []
 
@@ -86,14 +83,13 @@ class Pool:
             self.users = _resized(self.users, grown)
             self.state = _resized(self.state, grown)
             self._stack = _resized(self._stack, grown)
-            self._since = _resized(self._since, -(-grown // SAMPLE))
         self.segments[ordinal] = directory
         self.last_use[ordinal] = now
         self.state[first:last] = FREE
         self._push(np.arange(first, last, dtype=np.int32))
         return ordinal
 
-    def take(self, count: int, now: int = 0) -> Slots:
+    def take(self, count: int) -> Slots:
         """Take up to `count` free slots: FILLING, with one user (the taker)."""
         count = min(count, self._free)
         self._free -= count
@@ -101,13 +97,7 @@ class Pool:
         rows = rows_of(taken)
         self.state[rows] = FILLING
         self.users[rows] = 1
-        self._since[_sampled(taken)] = now
         return taken
-
-    def taken_at(self, slots: Slots) -> NDArray[np.int64]:
-        """When those of the slots that are followed were taken in this life (Unix milliseconds, int64[0 to n])."""
-        since = self._since[_sampled(slots)]
-        return since[since > 0]
 
     def claim(self, slots: Slots, state: int) -> None:
         """Take given free slots, as recovery found them: READY, or RETIRED for what only waits for its holders (and
@@ -280,6 +270,7 @@ class Pool:
         self._stack[: self._free] = free
 
     def _release(self, slots: Slots) -> None:
+        slots = np.sort(slots)  # segment by segment: cheaper than to group them afterwards
         self.state[rows_of(slots)] = FREE
         for ordinal, local, _ in self.by_segment(slots):
             self.segments[ordinal].free(local)
@@ -311,12 +302,6 @@ def rows_of(slots: Slots) -> NDArray[np.int64] | slice:
     if len(slots) > SMALL and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and all_true(slots[1:] - slots[:-1] == 1):
         return slice(int(slots[0]), int(slots[-1]) + 1)
     return slots.astype(np.int64)
-
-
-def _sampled(slots: Slots) -> Slots:
-    """Where `_since` has those of the slots that are followed."""
-    followed: Slots = slots[slots & SAMPLE - 1 == 0] // SAMPLE
-    return followed
 
 
 def _resized(array: NDArray[Any], size: int) -> NDArray[Any]:

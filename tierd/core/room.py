@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from tierd.core.ages import IDLE, LIVED, note_ages
 from tierd.core.index import Index, Node
 from tierd.core.ladder import Ladder
-from tierd.core.plan import Slots, any_of, any_true
+from tierd.core.plan import Slots, any_true
 
-QUANTUM, QUANTUM_SHARE = 1024, 256
+QUANTUM, QUANTUM_SHARE = 2048, 256
 """Evict at least this many at a time (or a 256th of the tier), so that the cost per block is an array operation's, and so few
 that a tier of any size holds nearly all that it could."""
 
@@ -38,7 +39,7 @@ class Room:
         pool = self._pools[tier]
         if pool.free < count:
             self._evict(tier, max(count - pool.free, min(self._quantum, pool.slots // QUANTUM_SHARE)), behind, new, price)
-        return pool.take(count, self._index.latest)
+        return pool.take(count)
 
     def vacate(self, tier: int, ordinal: int) -> None:
         """Take every block of a segment out of the index, in use or not, and use none of its slots any more."""
@@ -58,33 +59,38 @@ class Room:
             offsets = offsets[node.slots[tier, offsets] >= 0]
             if len(offsets):
                 gone[node] = None
-                self._count(tier, len(offsets), int(self._elsewhere(node, tier)[offsets].sum()))
-                self._retire(tier, self._index.clear(tier, node, offsets))
+                self._count(tier, len(offsets), int(_elsewhere(node.slots >= 0, tier)[offsets].sum()))
+                pool.retire(self._index.clear(tier, node, offsets))
         self._index.trim(gone)
 
     def _evict(self, tier: int, count: int, behind: Node | None, new: bytes, price: float) -> None:
         """Free at least `count` slots, if that many may go."""
-        order = self._index.orders[tier]
-        path = set(self._index.path(behind)) if behind is not None else set()
+        order, latest = self._index.orders[tier], self._index.latest
+        path: set[Node] | None = None
         gone: list[Slots] = []
         emptied: list[Node] = []
         trimmed: list[Node] = []
-        used: list[tuple[int, int]] = []
+        idle: list[tuple[int, int]] = []
+        lived: list[tuple[int, int]] = []
         taken = clean = 0
         for node in order.coldest(new, price):
-            row = node.slots[tier]
-            offsets = self._victims(node, tier, node in path)[taken - count :]
+            if path is None and (node.children or node is behind):
+                path = set(self._index.path(behind)) if behind is not None else set()
+            there = node.slots >= 0
+            offsets = self._victims(node, tier, there, node in (path or ()))[taken - count :]
             if not len(offsets):
                 continue
+            row = node.slots[tier]
             gone.append(row.take(offsets))
-            used.append((node.last_use, len(offsets)))
+            idle.append((latest - node.last_use, len(offsets)))
+            lived.append((latest - node.born, len(offsets)))
             row[offsets] = -1
-            kept = int(np.count_nonzero(self._elsewhere(node, tier).take(offsets)))
+            kept = int(np.count_nonzero(_elsewhere(there, tier).take(offsets)))
             if kept < len(offsets):
                 trimmed.append(node)
             clean += kept
             taken += len(offsets)
-            if len(offsets) == len(row) or not any_true(row >= 0):
+            if not any_true(row >= 0):
                 emptied.append(node)
             if taken >= count:
                 break
@@ -92,35 +98,30 @@ class Room:
             order.remove(node)
         self._index.trim(trimmed)
         if gone:
-            self._retire(tier, np.concatenate(gone))
+            self._pools[tier].retire(np.concatenate(gone))
             self._count(tier, taken, clean)
-            last_use, blocks = np.array(used, np.int64).T
-            note_ages(self._counters, IDLE, self._ladder.names[tier], self._index.latest - last_use, blocks)
+            note_ages(self._counters, IDLE, self._ladder.names[tier], idle)
+            note_ages(self._counters, LIVED, self._ladder.names[tier], lived)
 
-    def _victims(self, node: Node, tier: int, is_ancestor: bool) -> NDArray[np.intp]:
-        """Offsets of the node's blocks that may go, head first."""
-        row = node.slots[tier]
-        offsets: NDArray[np.intp] = (row >= 0).nonzero()[0]
-        busy = self._pools[tier].users.take(row.take(offsets)) > 0
+    def _victims(self, node: Node, tier: int, there: NDArray[np.bool_], is_ancestor: bool) -> NDArray[np.intp]:
+        """Offsets of the node's blocks that may go, head first; `there` (bool[tiers, n]) says in which tiers each is."""
+        offsets: NDArray[np.intp] = there[tier].nonzero()[0]
+        busy = self._pools[tier].users.take(node.slots[tier].take(offsets)) > 0
         if tier == self._ladder.closed:
             if is_ancestor or any(child.slots[tier, 0] >= 0 for child in (node.children or {}).values()):
                 return offsets[:0]
             return offsets[int(np.flatnonzero(busy)[-1]) + 1 :] if any_true(busy) else offsets
         if is_ancestor:
-            busy |= ~self._elsewhere(node, tier)[offsets]
+            busy |= ~_elsewhere(there, tier)[offsets]
         return offsets[~busy] if any_true(busy) else offsets
-
-    def _elsewhere(self, node: Node, tier: int) -> NDArray[np.bool_]:
-        """Which of the node's blocks have a copy in another tier."""
-        others = [row for at, row in enumerate(node.slots) if at != tier]
-        return any_of(others) if others else np.zeros(len(node), np.bool_)
-
-    def _retire(self, tier: int, slots: Slots) -> None:
-        pool = self._pools[tier]
-        note_ages(self._counters, LIVED, self._ladder.names[tier], self._index.latest - pool.taken_at(slots))
-        pool.retire(slots)
 
     def _count(self, tier: int, taken: int, clean: int) -> None:
         name = self._ladder.names[tier]
         self._counters["evicted", name, "clean"] += clean
         self._counters["evicted", name, "drop"] += taken - clean
+
+
+def _elsewhere(there: NDArray[np.bool_], tier: int) -> NDArray[np.bool_]:
+    """Which blocks (bool[tiers, n]) have a copy in another tier."""
+    others = [row for at, row in enumerate(there) if at != tier]
+    return reduce(np.logical_or, others) if others else np.zeros(there.shape[1], np.bool_)

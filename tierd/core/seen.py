@@ -44,5 +44,6 @@ class Seen:
         self._counters["sampled", "seen"] += seen
         self._counters["sampled", "new"] += len(words) - seen
         if seen:
-            note_ages(self._counters, GAP, EVERYWHERE, now - self._when[cells[known]])
+            gaps = Counter((now - self._when[cells[known]]).tolist())
+            note_ages(self._counters, GAP, EVERYWHERE, gaps.items())
         self._hashes[cells], self._when[cells] = words, now

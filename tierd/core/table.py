@@ -138,11 +138,11 @@ class Table:
         places = np.full(len(cells), -1, np.int32)
         left = np.arange(len(cells), dtype=np.int32)
         while len(left):
-            keys = cells & _KEY
-            bucket, other = self._bucket(keys, _FIRST), self._bucket(keys, _SECOND)
-            free, free_other = self._free.take(bucket), self._free.take(other)
-            better = _ONES.take(free_other) > _ONES.take(free)
-            bucket, free = np.where(better, other, bucket), np.where(better, free_other, free)
+            both = ((cells & _KEY) * _FACTORS >> self._shift).view(np.int64)
+            free_both = self._free.take(both)
+            ones = _ONES.take(free_both)
+            better = ones[1] > ones[0]
+            bucket, free = np.where(better, both[1], both[0]), np.where(better, free_both[1], free_both[0])
             self._winner[bucket] = left
             lost = self._winner.take(bucket) != left
             if np.count_nonzero(free) < len(free):
@@ -177,6 +177,7 @@ class Table:
 
 _WORD, _LOW, _HALF, _KEY = (1 << 64) - 1, (1 << 32) - 1, np.uint64(32), np.uint64((1 << 32) - 1)
 _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+_FACTORS = np.array([[_FIRST], [_SECOND]])
 _WORDS = Struct("<8I")
 _BIT = (1 << np.arange(CELLS)).astype(np.uint8)
 _ONES = np.array([mask.bit_count() for mask in range(256)], np.uint8)

@@ -63,5 +63,5 @@ class Shelf:
         """The engine says why the turn ended that began with these blocks."""
         pieces = self.index.match(hashes) or []
         known = sum([piece.blocks for piece in pieces])
-        path = list(self.index.path(pieces[-1].node)) if pieces else []
+        path = self.index.path(pieces[-1].node) if pieces else []
         self.index.orders[CPU].hinted(path, hashes[known * HASH_BYTES :], stop)
