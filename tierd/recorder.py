@@ -22,7 +22,7 @@ BUFFER_BYTES_MAX = 32 << 20
 """Of hashes that were not fetched yet; an event counts EVENT_BYTES more."""
 EVENT_BYTES = 256
 CHAIN_BYTES_MAX = HASH_BYTES << 16
-REPLY_BYTES, REPLY_EVENTS = 1 << 20, 1024
+REPLY_BYTES, REPLY_EVENTS = 256 << 10, 1024
 """A reply ends with the event that reaches one of them."""
 
 Event = list[Any]

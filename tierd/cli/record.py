@@ -72,7 +72,7 @@ class Recording:
             finally:
                 if self._writer:
                     self._writer.close()
-                else:
+                if not (self._writer and self._writer.requests):
                     self._trace.unlink()
 
     def _fetch(self, out: IO[bytes]) -> None:
@@ -89,7 +89,7 @@ class Recording:
     def summary(self) -> str:
         """What is in the file, and what is not."""
         reply, lines = self._reply, ["nothing was asked for"]
-        if writer := self._writer:
+        if (writer := self._writer) and writer.requests:
             name = reply["namespace"].hex()[:NAMESPACE_CHARACTERS]
             asked = f"{writer.requests:,} requests for {writer.blocks:,} blocks of {reply['block_tokens']} tokens"
             lines = [f"{asked}, namespace {name}: {self._trace}"]
