@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu.measure import Machine
+from benchmarks.gpu.service import STAGED, through_daemon
 from tests.daemon.harness import LAYOUT, hashes_of, payload_of
 from tests.unit import fake_daemon
 from tests.unit.test_client_mapping import mapped
@@ -233,6 +235,16 @@ def rewritten(socket: str, kind: str) -> Any:
     mapping.close()
     segment.close()
     return {"counted": counted, "left": pool.pins.statistics()["segments_pinned"]}
+
+
+def measured(socket: str, kind: str) -> Any:
+    """The measurements of `make gpu` that go through client and daemon, which is their own; small: no figure means anything."""
+
+    def pools(_: Machine, whole: torch.Tensor) -> dict[str, Any]:
+        views = {"one run": views_of(whole), STAGED: [view.clone() for view in views_of(whole)]}
+        return {name: DevicePages(Pages(some), CopyEngines(0), STREAMS, lambda: 0) for name, some in views.items()}
+
+    return {"names": [result.name for result in through_daemon(Machine("cpu", scale=1e-3), pools)], "calls": calls()}
 
 
 def engine(socket: str, path: str) -> Any:
