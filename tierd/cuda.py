@@ -1,11 +1,8 @@
 """GPU memory that processes share: allocations passed as descriptors and mapped where one wants them, by the CUDA driver.
 
-Nothing is loaded, and no GPU memory is taken, before the first `Device`. Then this process has the device's primary context,
-which torch and kvikio use too. The rule of this file: a context is current only within `with device`, so that the caller's own
-is never changed, and every call of the driver that can wait releases the GIL.
+No GPU memory is taken before the first `Device`.
 
-Source: CUDA driver API, "Virtual Memory Management" (cuMemCreate, cuMemExportToShareableHandle, cuMemMap), as in cuda.h of
-CUDA 12.8. All calls are there from CUDA 11.4 on.
+Source: CUDA driver API, "Virtual Memory Management" (cuMemCreate, cuMemExportToShareableHandle, cuMemMap).
 """
 
 from __future__ import annotations
@@ -14,26 +11,12 @@ import ctypes
 import errno
 import os
 import re
-from ctypes import (
-    POINTER,
-    Structure,
-    byref,
-    c_char,
-    c_char_p,
-    c_int,
-    c_size_t,
-    c_ubyte,
-    c_uint,
-    c_ulonglong,
-    c_ushort,
-    c_void_p,
-)
-from functools import cache
+from ctypes import byref, c_char, c_int, c_size_t, c_void_p
 from typing import Any
 
+from tierd.driver import Access, AllocationProperties, Context, DevicePointer, Handle, Location, call, needing
 from tierd.errors import Invalid
 
-LIBRARY = "libcuda.so.1"
 PINNED, DEVICE, POSIX_DESCRIPTOR, READ_WRITE = 1, 1, 1, 3
 """Kinds of an allocation, of where it is, of what it is exported as, and of access to it."""
 CAN_MAP, CAN_EXPORT, CAN_RDMA = 102, 103, 110
@@ -41,68 +24,7 @@ CAN_MAP, CAN_EXPORT, CAN_RDMA = 102, 103, 110
 UUID_BYTES = 16
 
 
-class Location(Structure):
-    """CUmemLocation."""
-
-    _fields_ = (("type", c_int), ("id", c_int))
-
-
-class AllocationFlags(Structure):
-    """CUmemAllocationProp.allocFlags."""
-
-    _fields_ = (("compression", c_ubyte), ("gpu_direct_rdma", c_ubyte), ("usage", c_ushort), ("reserved", c_ubyte * 4))
-
-
-class AllocationProperties(Structure):
-    """CUmemAllocationProp."""
-
-    _fields_ = (
-        ("type", c_int),
-        ("handle_types", c_int),
-        ("location", Location),
-        ("win32", c_void_p),
-        ("flags", AllocationFlags),
-    )
-
-
-class Access(Structure):
-    """CUmemAccessDesc."""
-
-    _fields_ = (("location", Location), ("flags", c_int))
-
-
-_DEVICE_POINTER, _HANDLE, _FLAGS = c_ulonglong, c_ulonglong, c_ulonglong
-_CALLS: dict[str, tuple[Any, ...]] = {
-    "cuInit": (c_uint,),
-    "cuDeviceGetCount": (POINTER(c_int),),
-    "cuDeviceGetName": (c_char_p, c_int, c_int),
-    "cuDeviceGetUuid_v2": (c_void_p, c_int),
-    "cuDeviceTotalMem_v2": (POINTER(c_size_t), c_int),
-    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
-    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
-    "cuCtxPushCurrent_v2": (c_void_p,),
-    "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
-    "cuCtxSynchronize": (),
-    "cuMemGetAllocationGranularity": (POINTER(c_size_t), POINTER(AllocationProperties), c_int),
-    "cuMemCreate": (POINTER(_HANDLE), c_size_t, POINTER(AllocationProperties), _FLAGS),
-    "cuMemRelease": (_HANDLE,),
-    "cuMemExportToShareableHandle": (c_void_p, _HANDLE, c_int, _FLAGS),
-    "cuMemImportFromShareableHandle": (POINTER(_HANDLE), c_void_p, c_int),
-    "cuMemAddressReserve": (POINTER(_DEVICE_POINTER), c_size_t, c_size_t, _DEVICE_POINTER, _FLAGS),
-    "cuMemAddressFree": (_DEVICE_POINTER, c_size_t),
-    "cuMemMap": (_DEVICE_POINTER, c_size_t, c_size_t, _HANDLE, _FLAGS),
-    "cuMemUnmap": (_DEVICE_POINTER, c_size_t),
-    "cuMemSetAccess": (_DEVICE_POINTER, c_size_t, POINTER(Access), c_size_t),
-    "cuMemGetAllocationPropertiesFromHandle": (POINTER(AllocationProperties), _HANDLE),
-    "cuMemsetD8_v2": (_DEVICE_POINTER, c_ubyte, c_size_t),
-    "cuMemcpyDtoH_v2": (c_void_p, _DEVICE_POINTER, c_size_t),
-    "cuMemcpyHtoD_v2": (_DEVICE_POINTER, c_void_p, c_size_t),
-    "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
-    "cuMemHostUnregister": (c_void_p,),
-}
-
-
-class Device:
+class Device(Context):
     """One GPU, by its number among those that this process sees.
 
     `uuid` names it in every process, whatever number it has there. `granularity` divides every size and address of a mapping.
@@ -110,50 +32,34 @@ class Device:
 
     def __init__(self, number: int) -> None:
         """Take the device's primary context; raises Invalid with the reason when there is none, or it cannot share memory."""
-        self.number = number
-        try:
-            self._open(number)
-        except OSError as error:
-            raise Invalid(f"cuda:{number} cannot be used: {error.strerror}") from error
+        super().__init__(number)
+        with needing(number):
+            self._describe()
 
     def __repr__(self) -> str:
         return f"<Device cuda:{self.number} {self.name}>"
 
-    def _open(self, number: int) -> None:
-        count, total, granularity, name = c_int(), c_size_t(), c_size_t(), ctypes.create_string_buffer(256)
-        call("cuInit", 0)
-        call("cuDeviceGetCount", byref(count))
-        if number >= count.value:
-            raise OSError(errno.ENODEV, f"this process sees {count.value} GPUs")
-        call("cuDeviceGetName", name, len(name), number)
+    def _describe(self) -> None:
+        total, granularity, name = c_size_t(), c_size_t(), ctypes.create_string_buffer(256)
+        call("cuDeviceGetName", name, len(name), self.number)
         self.name = name.value.decode("utf-8", "replace")
         for attribute, what in ((CAN_MAP, "map memory where it is wanted"), (CAN_EXPORT, "export memory as a descriptor")):
             if not self._attribute(attribute):
                 raise OSError(errno.ENOTSUP, f"{self.name} cannot {what} (device attribute {attribute} is 0)")
         uuid = (c_char * UUID_BYTES)()
-        call("cuDeviceGetUuid_v2", uuid, number)
+        call("cuDeviceGetUuid_v2", uuid, self.number)
         self.uuid: bytes = uuid.raw
-        call("cuDeviceTotalMem_v2", byref(total), number)
+        call("cuDeviceTotalMem_v2", byref(total), self.number)
         self.total_bytes = total.value
-        self._properties = AllocationProperties(PINNED, POSIX_DESCRIPTOR, Location(DEVICE, number))
+        self._properties = AllocationProperties(PINNED, POSIX_DESCRIPTOR, Location(DEVICE, self.number))
         self._properties.flags.gpu_direct_rdma = self._attribute(CAN_RDMA)
         call("cuMemGetAllocationGranularity", byref(granularity), byref(self._properties), 0)
         self.granularity = granularity.value
-        self._context = c_void_p()
-        call("cuDevicePrimaryCtxRetain", byref(self._context), number)
 
     def _attribute(self, attribute: int) -> int:
         value = c_int()
         call("cuDeviceGetAttribute", byref(value), attribute, self.number)
         return value.value
-
-    def __enter__(self) -> Device:
-        """Make the context current in this thread, above whatever was."""
-        call("cuCtxPushCurrent_v2", self._context)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     # Everything below raises OSError with the driver's words.
 
@@ -161,7 +67,7 @@ class Device:
         """A descriptor of new memory, of a multiple of `granularity`. It lives until the last descriptor is closed and the last
         mapping is gone (cuMemRelease: "its shareable counterparts"). What is in it is what was there before.
         """
-        handle, descriptor = _HANDLE(), c_int()
+        handle, descriptor = Handle(), c_int()
         with self:
             call("cuMemCreate", byref(handle), size, byref(self._properties), 0)
             try:
@@ -173,14 +79,14 @@ class Device:
 
     def reserve(self, size: int) -> int:
         """Addresses without memory."""
-        address = _DEVICE_POINTER()
+        address = DevicePointer()
         with self:
             call("cuMemAddressReserve", byref(address), size, 0, 0, 0)
         return address.value
 
     def map(self, address: int, size: int, descriptor: int) -> None:
         """Put the memory that a descriptor stands for at reserved addresses; the descriptor stays the caller's."""
-        handle, found = _HANDLE(), AllocationProperties()
+        handle, found = Handle(), AllocationProperties()
         with self:
             call("cuMemImportFromShareableHandle", byref(handle), c_void_p(descriptor), POSIX_DESCRIPTOR)
             try:
@@ -227,16 +133,6 @@ class Device:
         """Wait for all that this process has given the device to do, within `with device`."""
         call("cuCtxSynchronize")
 
-    def register(self, address: int, size: int) -> None:
-        """Lock host memory in place, so that the device copies from and to it at full speed. Blocks while pages are locked."""
-        with self:
-            call("cuMemHostRegister_v2", address, size, 0)
-
-    def unregister(self, address: int) -> None:
-        """End what `register` did; before the memory is unmapped."""
-        with self:
-            call("cuMemHostUnregister", address)
-
 
 class DeviceArray:
     """Bytes of device memory as uint8 `[rows, row_bytes]`, or `[row_bytes]` for one row of it: what torch and kvikio take.
@@ -271,24 +167,3 @@ def device_number(name: str) -> int | None:
     if not found and name != "cpu":
         raise Invalid(f"device {name!r} must be 'cpu' or a GPU by its number, such as 'cuda:0'")
     return int(found[1]) if found else None
-
-
-def call(name: str, *arguments: Any) -> None:
-    """One call of the driver, with the GIL released; raises OSError with its name and the driver's words."""
-    library = _library()
-    if code := getattr(library, name)(*arguments):
-        word = c_char_p()
-        library.cuGetErrorName(code, byref(word))
-        raise OSError(errno.EIO, f"{name} says {(word.value or b'an unknown error').decode()} ({code})")
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(LIBRARY)
-        for name, types in _CALLS.items():
-            getattr(library, name).argtypes = types
-        library.cuGetErrorName.argtypes = [c_int, POINTER(c_char_p)]
-    except (OSError, AttributeError) as error:
-        raise OSError(errno.ENOSYS, f"the NVIDIA driver cannot be loaded ({error}): install it") from error
-    return library

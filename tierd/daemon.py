@@ -38,6 +38,7 @@ from tierd.tiers.gds import Measured, measure
 from tierd.tiers.io import cufile
 from tierd.tiers.io.probe import Choice, probe
 from tierd.tiers.paths import Paths, Speeds
+from tierd.tiers.pins import Pins
 from tierd.tiers.state import StateDirectory
 from tierd.tiers.tier import DeviceTier, MemoryTier, NvmeTier, Tier
 from tierd.values import MIB, size_text
@@ -74,11 +75,15 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
         stack.callback(state.close)
         previous = await history.begin(config.server.state_dir, clock.unix_milliseconds())
-        tiers, way = open_tiers(config, state)
+        device = open_device(config)
+        pins = Pins(device) if device else None
+        tiers, way = open_tiers(config, state, device, pins)
         now = clock.unix_milliseconds()
         endurance = Endurance(config.server.state_dir, config.nvme.write_bytes_per_day, now)
         keeper = Keeper(tiers, config.nvme.io_threads, endurance)
         stack.push_async_callback(keeper.close)
+        if pins:
+            stack.callback(pins.close)
 
         def space_of(namespace: Namespace) -> Space:
             if namespace.id not in keeper.spaces:
@@ -196,11 +201,10 @@ def open_exporter(exporter: Exporter) -> Exporter:
     return exporter
 
 
-def open_tiers(config: Config, state: StateDirectory) -> tuple[list[Tier], io.Io]:
-    """The configured tiers, and how NVMe is reached."""
+def open_tiers(config: Config, state: StateDirectory, device: Device | None, pins: Pins | None) -> tuple[list[Tier], io.Io]:
+    """The configured tiers, and how NVMe is reached. `device`: of the gpu tier; `pins`: what registers the cpu tier with it."""
     gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
-    device = open_device(config)
-    tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages)]
+    tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages, pins)]
     if device:
         tiers.insert(0, DeviceTier("gpu", gpu.bytes, gpu.segment_bytes, device))
     elif gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones

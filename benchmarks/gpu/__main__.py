@@ -11,7 +11,9 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +22,15 @@ from time import monotonic
 import torch
 import triton
 
-from benchmarks.gpu.measure import Machine, Result, all_measurements
+from benchmarks.gpu.decode import decode
+from benchmarks.gpu.measure import Machine, Result, checksums, copies, copy_bandwidth, pinned, quantisation
 
 OK, FAILED, NO_GPU = 0, 1, 3
-TESTS_SECONDS_MAX, SECONDS_MAX = 240, 450
-ENGINE_NEEDS = ("accelerate", "aiofiles", "msgpack", "prometheus_client", "safetensors", "tokenizers", "transformers", "uvloop")
-ENGINE_TESTS = ("tests/engine/test_engine_kernels.py", "tests/daemon/test_pinned_gpu.py", "tests/daemon/test_gpu.py")
+TESTS_SECONDS_MAX, DOCTOR_SECONDS_MAX, SECONDS_MAX = 240, 60, 420
+DAEMON_NEEDS = ("aiofiles", "msgpack", "prometheus_client", "uvloop")
+DAEMON_TESTS = ("tests/daemon/test_gpu.py",)
+ENGINE_NEEDS = ("accelerate", "safetensors", "tokenizers", "transformers")
+ENGINE_TESTS = ("tests/engine/test_engine_kernels.py", "tests/daemon/test_pinned_gpu.py")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -39,17 +44,12 @@ def main() -> int:
         )
         return NO_GPU
     start = monotonic()
-    tests, passed, learned = run_tests()
-    results, problem = [], ""
-    try:
-        for result in all_measurements(Machine("cuda")):
-            results.append(result)
-            print(line(result), flush=True)
-            if monotonic() - start > SECONDS_MAX:
-                problem = f"stopped after {SECONDS_MAX} seconds: what is missing was not measured"
-                break
-    except (RuntimeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
+    with_daemon, with_engine, learned = what_can_run()
+    tests, passed, found_out = run_tests(with_daemon, with_engine)
+    findings = examine() if with_daemon else []
+    learned += found_out + [f"{one['check']}: {one['found']}" for one in findings if one["check"].startswith(("gds", "doctor"))]
+    results: list[Result] = []
+    problems: list[str] = []
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
@@ -60,28 +60,83 @@ def main() -> int:
         "tests": tests,
         "tests_passed": passed,
         "learned": learned,
-        "problem": problem,
-        "results": [asdict(result) | {"gb_per_second": result.gb_per_second} for result in results],
+        "doctor": findings,
+        "problems": problems,
+        "results": [],
     }
-    print("\n".join(["", tests, *learned]))
-    print(f"{table(results)}\n{problem}\nwritten to {write(report, RESULTS)}")
-    return OK if passed and not problem else FAILED
+    for result in measured(Machine("cuda"), with_daemon, with_engine, start + SECONDS_MAX, problems):
+        results.append(result)
+        print(line(result), flush=True)
+        report["results"] = [asdict(one) | {"gb_per_second": one.gb_per_second} for one in results]
+        write(report, RESULTS)  # each time: what was measured is kept, whatever comes
+    file = write(report, RESULTS)
+    print("\n".join(["", tests, *learned, table(results), *problems, f"written to {file}"]))
+    return OK if passed and not problems else FAILED
 
 
-def run_tests() -> tuple[str, bool, list[str]]:
+def what_can_run() -> tuple[bool, bool, list[str]]:
+    """Whether a daemon and an engine can run with the packages that there are, and what that leaves out."""
+    lacking = [name for name in (*DAEMON_NEEDS, *ENGINE_NEEDS) if importlib.util.find_spec(name) is None]
+    with_daemon, with_engine = not set(lacking) & set(DAEMON_NEEDS), not lacking
+    left_out = "an engine" if with_daemon else "the daemon, an engine"
+    return with_daemon, with_engine, [f"left out: {left_out}; {', '.join(lacking)} cannot be imported"] if lacking else []
+
+
+def measured(machine: Machine, with_daemon: bool, with_engine: bool, end: float, problems: list[str]) -> Iterator[Result]:
+    """Everything that can be measured until `end`, on the monotonic clock; what fails is a problem, and the others go on."""
+    for part in parts(machine, with_daemon, with_engine):
+        try:
+            for result in part:
+                yield result
+                if monotonic() > end:
+                    problems.append("stopped: there was no time for the rest")
+                    return
+        except Exception as error:  # of one part, whatever it is
+            traceback.print_exc()
+            problems.append(f"{type(error).__name__}: {error}")
+
+
+def parts(machine: Machine, with_daemon: bool, with_engine: bool) -> Iterator[Iterator[Result]]:
+    """The measurements that belong together, cheapest first."""
+    memory = copy_bandwidth(machine)
+    yield iter([memory])
+    yield from (copies(machine, memory), pinned(machine), checksums(machine, memory))
+    yield from (quantisation(machine, memory), decode(machine, memory))
+    if with_daemon:
+        from benchmarks.gpu.service import client_copies, through_daemon
+
+        yield from (client_copies(machine), through_daemon(machine))
+    if with_engine:
+        from benchmarks.gpu.step import decode_beside_traffic
+
+        yield decode_beside_traffic(machine)
+
+
+def run_tests(with_daemon: bool, with_engine: bool) -> tuple[str, bool, list[str]]:
     """The tests that need a GPU; returns pytest's last line, whether all passed, and what was found out on the way."""
-    lacking = [package for package in ENGINE_NEEDS if importlib.util.find_spec(package) is None]
-    learned = [f"tests of the engine and its daemon were left out: {', '.join(lacking)} cannot be imported"] if lacking else []
-    files = ["tests/kernels", *([] if lacking else ENGINE_TESTS)]
+    files = ["tests/kernels", *(DAEMON_TESTS if with_daemon else ()), *(ENGINE_TESTS if with_engine else ())]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     try:
         child = subprocess.run(command, text=True, stdout=subprocess.PIPE, timeout=TESTS_SECONDS_MAX)
     except subprocess.TimeoutExpired:
-        return f"tests took more than {TESTS_SECONDS_MAX} seconds", False, learned
+        return f"tests took more than {TESTS_SECONDS_MAX} seconds", False, []
     if child.returncode:
         print(child.stdout)
-    learned += sorted(set(re.findall(r"UserWarning: (an exported allocation .*)", child.stdout)))
+    learned = sorted(set(re.findall(r"UserWarning: (an exported allocation .*)", child.stdout)))
     return child.stdout.strip().splitlines()[-1], child.returncode == 0, learned
+
+
+def examine() -> list[dict[str, str]]:
+    """What `tierd doctor` finds for a gpu tier on this GPU: GPUDirect Storage is tried, in the folder of temporary files."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tierd", "doctor", "--json", "--state-dir", folder]
+        command += ["--set", "gpu.bytes=1GiB", "--set", "gpu.device=cuda:0"]
+        try:
+            child = subprocess.run(command, text=True, stdout=subprocess.PIPE, timeout=DOCTOR_SECONDS_MAX)
+            findings: list[dict[str, str]] = json.loads(child.stdout)["findings"]
+        except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
+            return [{"check": "doctor", "level": "error", "found": f"it failed: {error}", "remedy": ""}]
+    return findings
 
 
 def line(result: Result) -> str:

@@ -1,4 +1,4 @@
-"""What kernels do in a second, beside what the same GPU can do: each measurement has a baseline of the same bytes.
+"""What copies and kernels do in a second, beside what the same GPU can do: each measurement has a baseline of the same bytes.
 
 Bandwidth counts bytes read plus bytes written. Measurements take the device, so that tests run them, small, without a GPU.
 """
@@ -11,17 +11,14 @@ from functools import partial
 from statistics import median
 from time import perf_counter
 
-import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from tierd_kernels.attention import attend
 from tierd_kernels.checksum import digest
 from tierd_kernels.pages import Pages, gather, scatter
 from tierd_kernels.quantize import FORMATS, dequantize, quantize
 
 REPEATS, WARM_UP = 20, 5
-LAYERS, HEADS, TOKENS, DIM, GROUP = 32, 8, 16, 128, 4
+LAYERS, HEADS, TOKENS, DIM = 32, 8, 16, 128
 """A block of 2 MiB in bfloat16, as Llama 3 8B has them."""
 
 
@@ -70,18 +67,6 @@ class Machine:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         return median(times)
-
-
-def all_measurements(machine: Machine) -> Iterator[Result]:
-    """Everything, cheapest first; a caller who runs out of time stops."""
-    memory = copy_bandwidth(machine)
-    yield memory
-    yield from copies(machine, memory)
-    yield from pinned(machine)
-    yield from pinned_path(machine)
-    yield from checksums(machine, memory)
-    yield from quantisation(machine, memory)
-    yield from decode(machine, memory)
 
 
 def against(baseline: Result, name: str, bytes: int, seconds: float, target: float | None) -> Result:
@@ -137,39 +122,6 @@ def pinned(machine: Machine) -> Iterator[Result]:
             yield against(once, f"{name}, {block_bytes >> 10} KiB at a time", total, seconds, goal)
 
 
-def pinned_path(machine: Machine) -> Iterator[Result]:
-    """Blocks between registered slots and an engine's pages, as tierd's client moves them, beside one plain copy of the bytes.
-
-    In one run a block (2 MiB, and 64 KiB), and in a tensor a layer and part (32 KiB each), which goes through staging. Seconds
-    are those of the worker that waits, from the call to the end of the last copy. Without a GPU nothing is measured.
-    """
-    if machine.device != "cuda":
-        return
-    from tierd_engine.device import device_pages, views_of
-
-    for name, layers, blocks, goal in (("2 MiB", LAYERS, 128, 0.9), ("64 KiB", 1, 4096, 0.8)):
-        count = machine.count(blocks)
-        whole = torch.zeros(count, layers, 2, HEADS, TOKENS, DIM, dtype=torch.bfloat16, device=machine.device)
-        far = torch.zeros(count, whole[0].numel() * 2, dtype=torch.uint8, pin_memory=True)
-        near, order = torch.zeros_like(far, device=machine.device), np.random.default_rng(1).permutation(count)
-        pools = {"one run": device_pages(views_of(whole))}
-        if layers > 1:
-            pools["a tensor a layer and part"] = device_pages([view.clone() for view in views_of(whole)])
-        total = far.numel()
-        for verb, target, source in (("load", near, far), ("store", far, near)):
-            plain = Result(
-                f"plain {verb} of {name} blocks", total, machine.seconds(partial(target.copy_, source, non_blocking=True))
-            )
-            yield plain
-            for kind, pool in pools.items():
-                pool.pins.cover(far.data_ptr())
-                copies = partial(pool.fill if verb == "load" else pool.drain, order, far.numpy(), order[::-1].copy())
-                copies()
-                yield against(
-                    plain, f"{verb} {name} blocks, {kind}", total, median(waited(copies) for _ in range(REPEATS)), goal
-                )
-
-
 def waited(action: Callable[[], object]) -> float:
     """Seconds that the calling thread needs."""
     start = perf_counter()
@@ -201,44 +153,3 @@ def quantisation(machine: Machine, memory: Result) -> Iterator[Result]:
         yield against(memory, f"quantise to {format.name}", total, seconds, 0.5)
         seconds = machine.seconds(partial(dequantize, packed, blocks, format))
         yield against(memory, f"dequantise from {format.name}", total, seconds, 0.5)
-
-
-def decode(machine: Machine, memory: Result) -> Iterator[Result]:
-    """One token of many sequences over their paged KV, one layer: ours, torch's over contiguous KV, and FlashInfer's."""
-    for sequences, length in ((64, 4096), (1, 32768)):
-        sequences, length = (machine.count(sequences), machine.count(length)) if machine.scale < 1 else (sequences, length)
-        pages_each = -(-length // TOKENS)
-        shape = sequences * pages_each, 2, HEADS, TOKENS, DIM
-        kv = torch.randn(shape, device=machine.device).bfloat16()
-        pages = Pages([kv[:, part] for part in (0, 1)])
-        tables = torch.randperm(len(kv)).int().view(sequences, pages_each).to(machine.device)
-        starts = torch.arange(sequences + 1, dtype=torch.int32, device=machine.device)
-        lengths = torch.full((sequences,), length, dtype=torch.int32, device=machine.device)
-        query = torch.randn(sequences, HEADS * GROUP, DIM, device=machine.device).bfloat16()
-        total, name = sequences * length * 2 * HEADS * DIM * 2, f"{sequences} x {length} tokens"
-        seconds = machine.seconds(partial(attend, query, pages, 0, tables, starts, lengths, 1))
-        yield against(memory, f"paged decode, {name}", total, seconds, 0.7)
-        keys, values = torch.randn(2, sequences, HEADS, length, DIM, device=machine.device).bfloat16()
-        contiguous = partial(scaled_dot_product_attention, query[:, :, None], keys, values, enable_gqa=True)
-        seconds = machine.seconds(contiguous)
-        yield against(memory, f"scaled_dot_product_attention, contiguous, {name}", total, seconds, None)
-        if machine.device == "cuda" and (seconds := flashinfer_seconds(machine, query, kv, tables, lengths)):
-            yield against(memory, f"FlashInfer, {name}", total, seconds, None)
-
-
-def flashinfer_seconds(
-    machine: Machine, query: torch.Tensor, kv: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor
-) -> float:
-    """What FlashInfer's paged decode takes; 0 where it cannot be imported."""
-    try:
-        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-    except ImportError:
-        return 0.0
-    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=machine.device)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
-    starts = torch.arange(len(tables) + 1, dtype=torch.int32, device=machine.device) * tables.shape[1]
-    last = (lengths - 1) % TOKENS + 1
-    wrapper.plan(
-        starts, tables.flatten(), last, query.shape[1], HEADS, DIM, TOKENS, q_data_type=query.dtype, kv_data_type=kv.dtype
-    )
-    return machine.seconds(partial(wrapper.run, query, kv))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tierd.client.pinned import Addresses, Driver, NoCopy, Ticket
+from tierd.client.pinned import Addresses, CopyEngines, NoCopy, Ticket
 from tierd.client.pins import Pins
 from tierd.errors import Invalid
 from tierd_kernels.pages import Pages, gather, scatter
@@ -37,11 +37,11 @@ class DevicePages:
     """
 
     def __init__(
-        self, pages: Pages, driver: Driver, streams: Sequence[int], computing: Callable[[], int], keeping: object = None
+        self, pages: Pages, engines: CopyEngines, streams: Sequence[int], computing: Callable[[], int], keeping: object = None
     ) -> None:
         self.block_bytes = pages.block_bytes
-        self.pins = Pins(driver)
-        self._pages, self._driver, self._computing, self._keeping = pages, driver, computing, keeping
+        self.pins = Pins(engines)
+        self._pages, self._engines, self._computing, self._keeping = pages, engines, computing, keeping
         self._loads, self._stores = (Lane(pages, stream) for stream in streams)
         self._after: Ticket | None = None
         self._broken: NoCopy | None = None
@@ -66,7 +66,7 @@ class DevicePages:
         """
         later = copy(self)
         try:
-            later._after = Ticket(self._driver, self._computing())
+            later._after = Ticket(self._engines, self._computing())
         except NoCopy as error:
             later._broken = error
         return later
@@ -91,15 +91,15 @@ class DevicePages:
         problem: NoCopy | RuntimeError | None = None
         with lane.lock:
             try:
-                with self._driver:
+                with self._engines:
                     if self.contiguous:
                         near = np.uint64(self._first) + pages.astype(np.uint64) * np.uint64(self._stride)
-                        self._driver.copy(near, host, self.block_bytes, lane.stream, loading, registered)
+                        self._engines.copy(near, host, self.block_bytes, lane.stream, loading, registered)
                     else:
                         self._stage(lane, pages, host, loading, registered)
             except (NoCopy, RuntimeError) as error:
                 problem = error
-            ticket = Ticket(self._driver, lane.stream)
+            ticket = Ticket(self._engines, lane.stream)
         if problem:
             ticket.wait()  # those before the one that failed are under way
             raise problem if isinstance(problem, NoCopy) else NoCopy(str(problem)) from problem
@@ -115,7 +115,7 @@ class DevicePages:
                 if not loading:
                     gather(self._pages, some, staging, turn)
                 there = host[at : at + len(staging)]
-                self._driver.copy(rows[: len(some)], there, self.block_bytes, lane.stream, loading, registered)
+                self._engines.copy(rows[: len(some)], there, self.block_bytes, lane.stream, loading, registered)
                 if loading:
                     scatter(staging, turn, self._pages, some)
 
@@ -161,7 +161,7 @@ def device_pages(views: Sequence[torch.Tensor]) -> DevicePages:
     streams = [torch.cuda.Stream(device) for _ in range(2)]
     return DevicePages(
         pages,
-        Driver(device.index or 0),
+        CopyEngines(device.index or 0),
         [stream.cuda_stream for stream in streams],
         lambda: int(torch.cuda.current_stream(device).cuda_stream),
         keeping=streams,

@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu.measure import Machine
+from benchmarks.gpu.service import STAGED, through_daemon
 from tests.daemon.harness import LAYOUT, hashes_of, payload_of
 from tests.unit import fake_daemon
 from tests.unit.test_client_mapping import mapped
 from tierd.block import split
 from tierd.client import Client
-from tierd.client.pinned import Driver
+from tierd.client.pinned import CopyEngines
 from tierd.client.transfer import Copier, locate
 from tierd.clock import monotonic_seconds
 from tierd_engine.copying import CopyingMemory
@@ -48,7 +50,7 @@ def make_pages(kind: str, layout: Any = LAYOUT, dtype: torch.dtype = torch.float
         views = views_of(torch.zeros(PAGES, layout.layers, 2, *shape, dtype=dtype))
     else:
         views = [torch.zeros(PAGES, *shape, dtype=dtype) for _ in range(2 * layout.layers)]
-    pool = DevicePages(Pages(views), Driver(0), STREAMS, lambda: 0)
+    pool = DevicePages(Pages(views), CopyEngines(0), STREAMS, lambda: 0)
     assert pool.contiguous == (kind == "one run")
     return pool
 
@@ -235,6 +237,16 @@ def rewritten(socket: str, kind: str) -> Any:
     return {"counted": counted, "left": pool.pins.statistics()["segments_pinned"]}
 
 
+def measured(socket: str, kind: str) -> Any:
+    """The measurements of `make gpu` that go through client and daemon, which is their own; small: no figure means anything."""
+
+    def pools(_: Machine, whole: torch.Tensor) -> dict[str, Any]:
+        views = {"one run": views_of(whole), STAGED: [view.clone() for view in views_of(whole)]}
+        return {name: DevicePages(Pages(some), CopyEngines(0), STREAMS, lambda: 0) for name, some in views.items()}
+
+    return {"names": [result.name for result in through_daemon(Machine("cpu", scale=1e-3), pools)], "calls": calls()}
+
+
 def engine(socket: str, path: str) -> Any:
     """A cold and a warm answer of engines whose pages are said to be on a GPU, in either dtype; the model is random."""
     found: dict[str, Any] = {}
@@ -244,7 +256,7 @@ def engine(socket: str, path: str) -> Any:
             with LLM(path, pages=32, dtype=dtype, chunk_tokens=96, connect=partial(Client, socket)) as llm:
                 assert isinstance(llm.memory, CopyingMemory)
                 pages = Pages(views_of(llm.memory.tensor))
-                llm.memory.use(DevicePages(pages, Driver(0), STREAMS, lambda: 0))
+                llm.memory.use(DevicePages(pages, CopyEngines(0), STREAMS, lambda: 0))
                 for _ in range(2):
                     llm.engine.scheduler.prefill_tokens_per_second = 0.0  # not measured yet: every load is worth its time
                     answer = llm.generate(list(range(100)), 10)

@@ -75,6 +75,7 @@ CUresult cuGetErrorName(CUresult error, const char **name) {
     *name = error == CUDA_ERROR_LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR_OF_THE_STUB";
     return CUDA_SUCCESS;
 }
+CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     *context = (CUcontext)(size_t)CONTEXT;
     return device ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;

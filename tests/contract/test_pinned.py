@@ -140,6 +140,14 @@ def test_an_engine_says_the_same_tokens_through_copy_engines(spawn: Spawn, llama
     assert found["calls"]["batches"] + found["calls"]["singles"] > 0
 
 
+def test_what_make_gpu_measures_through_a_daemon_runs_with_copy_engines(spawn: Spawn) -> None:
+    """Stores and loads in both sizes, in one run a block and through staging, every block counted as it should be."""
+    found = play(spawn("measured", "staged"))
+    names = [name for name in found["names"] if "through client and daemon" in name]
+    assert len(names) == 8 and sum("a tensor a layer and part" in name for name in names) == 4
+    assert found["calls"]["batches"] > 0 and found["log"] == ""
+
+
 def test_who_dies_with_copies_under_way_leaves_nothing_behind(spawn: Spawn, daemon: Daemon) -> None:  # noqa: F811
     """kill -9 in the middle of a store: the blocks are nobody's, and another client can store and load them."""
     hashes = hashes_of(1, BLOCKS)

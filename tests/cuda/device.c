@@ -9,7 +9,8 @@
  * Prototypes come from the real cuda.h, so a wrong one does not compile. Settings, by environment variables:
  *   STUB_CUDA_DEVICES (1), STUB_CUDA_GRANULARITY (2 MiB), STUB_CUDA_BYTES (1 GiB: what the device says it has),
  *   STUB_CUDA_ALLOCATION_BYTES_MAX (1 GiB: what can be had at once), STUB_CUDA_LACKS (numbers of device
- *   attributes that are 0, such as "103"), STUB_CUDA_IMPORT_FAILS (a path: while a file is there, no descriptor can be imported)
+ *   attributes that are 0, such as "103"), STUB_CUDA_IMPORT_FAILS (a path: while a file is there, no descriptor can be imported),
+ *   STUB_CUDA_PINS_REFUSED (no host memory can be registered)
  */
 
 #define _GNU_SOURCE
@@ -332,6 +333,7 @@ CUresult cuMemcpyDtoH_v2(void *target, CUdeviceptr source, size_t size) { return
 __attribute__((weak)) CUresult cuStreamSynchronize(CUstream stream) { (void)stream; return cuCtxSynchronize(); }
 
 __attribute__((weak)) CUresult cuMemHostRegister_v2(void *start, size_t size, unsigned int flags) {
+    if (getenv("STUB_CUDA_PINS_REFUSED")) return CUDA_ERROR_OUT_OF_MEMORY;
     return !depth ? CUDA_ERROR_INVALID_CONTEXT : start && size && !flags ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from tests.cuda.build import PAGE_BYTES, compile_c, environ, load
-from tierd import cuda
-from tierd.cuda import AllocationProperties, Device, DeviceArray
+from tierd import cuda, driver
+from tierd.client import pinned
+from tierd.cuda import Device, DeviceArray
+from tierd.driver import AllocationProperties, CopyAttributes
 from tierd.errors import Invalid
 from tierd.tiers.io.cufile import GpuStatistics, Statistics
 from tierd.tiers.paths import download, upload
@@ -80,11 +82,11 @@ def test_the_callers_own_context_is_never_changed(mapped: tuple[Device, int, int
     """Whatever was current before a call is current after it, also when the call fails."""
     device, descriptor, _ = mapped
     mine, found = ctypes.c_void_p(0x77), ctypes.c_void_p()
-    cuda.call("cuCtxPushCurrent_v2", mine)
+    driver.call("cuCtxPushCurrent_v2", mine)
     with pytest.raises(OSError, match="cuMemMap says CUDA_ERROR_INVALID_VALUE"):
         device.map(0, SIZE, descriptor)
     device.create(SIZE)
-    cuda.call("cuCtxPopCurrent_v2", ctypes.byref(found))
+    driver.call("cuCtxPopCurrent_v2", ctypes.byref(found))
     assert found.value == mine.value
 
 
@@ -152,11 +154,14 @@ def test_structures_are_those_of_the_real_headers(tmp_path: Path) -> None:
     """Sizes and places of fields, and values of constants, as a C compiler sees them in cuda.h and cufile.h."""
     ours = {
         "sizeof(CUmemAllocationProp)": ctypes.sizeof(AllocationProperties),
-        "offsetof(CUmemAllocationProp, location.id)": AllocationProperties.location.offset + cuda.Location.id.offset,
+        "offsetof(CUmemAllocationProp, location.id)": AllocationProperties.location.offset + driver.Location.id.offset,
         "offsetof(CUmemAllocationProp, allocFlags.gpuDirectRDMACapable)": AllocationProperties.flags.offset
-        + cuda.AllocationFlags.gpu_direct_rdma.offset,
-        "sizeof(CUmemAccessDesc)": ctypes.sizeof(cuda.Access),
-        "offsetof(CUmemAccessDesc, flags)": cuda.Access.flags.offset,
+        + driver.AllocationFlags.gpu_direct_rdma.offset,
+        "sizeof(CUmemAccessDesc)": ctypes.sizeof(driver.Access),
+        "offsetof(CUmemAccessDesc, flags)": driver.Access.flags.offset,
+        "sizeof(CUmemcpyAttributes)": ctypes.sizeof(CopyAttributes),
+        "offsetof(CUmemcpyAttributes, srcLocHint)": CopyAttributes.source_hint.offset,
+        "offsetof(CUmemcpyAttributes, flags)": CopyAttributes.flags.offset,
         "sizeof(CUuuid)": cuda.UUID_BYTES,
         "sizeof(CUdeviceptr)": ctypes.sizeof(ctypes.c_ulonglong),
         "CU_MEM_ALLOCATION_TYPE_PINNED": cuda.PINNED,
@@ -164,6 +169,11 @@ def test_structures_are_those_of_the_real_headers(tmp_path: Path) -> None:
         "CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR": cuda.POSIX_DESCRIPTOR,
         "CU_MEM_ACCESS_FLAGS_PROT_READWRITE": cuda.READ_WRITE,
         "CU_MEM_ALLOC_GRANULARITY_MINIMUM": 0,
+        "CU_MEMCPY_SRC_ACCESS_ORDER_STREAM": pinned.IN_STREAM_ORDER,
+        "CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE": pinned.BESIDE_KERNELS,
+        "CU_EVENT_DISABLE_TIMING": pinned.WITHOUT_TIMING,
+        "CUDA_ERROR_NOT_READY": driver.NOT_READY,
+        "CUDA_ERROR_NOT_SUPPORTED": driver.NOT_SUPPORTED,
         "CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED": cuda.CAN_MAP,
         "CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED": cuda.CAN_EXPORT,
         "CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED": cuda.CAN_RDMA,

@@ -148,6 +148,22 @@ def test_blocks_that_left_the_gpu_come_back_right(gpu: Gpu, launch: Callable[...
     assert tiers["cpu"] and tiers["nvme"] and not tiers["miss"]
 
 
+def test_where_cpu_cannot_be_registered_with_the_gpu_blocks_come_and_go_all_the_same(
+    launch: Callable[..., Daemon], connect: Any, emulation: Path
+) -> None:
+    """The driver refuses what the daemon asks it for each segment of cpu: it is said once, and costs nothing but speed."""
+    load(emulation)
+    daemon = launch(Gpu(False, environ(emulation, STUB_CUDA_PINS_REFUSED="1")), nvme_bytes="0")
+    client = connect(daemon)
+    chains = [hashes_of(seed, SLOTS) for seed in range(SEGMENTS + 1)]
+    for hashes in chains:
+        client.release(store(client, hashes))
+        daemon.ask("sync", deadline_ms=60_000)
+    assert find(client, chains[-2]).ready == SLOTS
+    assert daemon.log.count("segments cannot be registered with the GPU") == 1
+    assert "cuMemHostRegister_v2 says CUDA_ERROR_OUT_OF_MEMORY" in daemon.log
+
+
 def test_bytes_between_a_gpu_and_nvme_are_counted_by_the_way_they_took(
     gpu: Gpu, launch: Callable[..., Daemon], connect: Any
 ) -> None:

@@ -37,7 +37,7 @@ def test_every_kernel_compiles_without_spills(compiled: dict[str, list[dict[str,
     """No register goes to local memory, on A100, H100 or B200."""
     launches = compiled[str(capability)]
     assert [launch["name"] for launch in launches] == list(KERNELS)
-    assert {launch["name"]: launch["spilled_bytes"] + launch["local_bytes"] for launch in launches} == dict.fromkeys(KERNELS, 0)
+    assert [launch for launch in launches if launch["spilled_bytes"] or launch["local_bytes"]] == []
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.measure import Machine, Result, all_measurements
+from benchmarks.gpu.measure import Machine, Result
 from tests.conftest import HAS_GPU
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +42,50 @@ def test_a_torch_without_a_gpu_is_told(tmp_path: Path) -> None:
 
 def test_every_measurement_runs_small_on_a_cpu() -> None:
     """With the twins instead of the kernels: names differ, bytes and seconds are positive, shares have baselines."""
-    results = list(all_measurements(Machine("cpu", scale=1e-3)))
+    problems: list[str] = []
+    machine = Machine("cpu", scale=1e-3)
+    results = list(gpu.measured(machine, True, True, end=float("inf"), problems=problems))
+    assert problems == []
     assert len({result.name for result in results}) == len(results) > 20
     assert all(result.bytes > 0 and result.seconds > 0 for result in results)
     assert all((result.share is None) == (result.baseline == "") for result in results)
+
+
+def test_what_fails_or_takes_too_long_does_not_take_the_rest_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that raises is named, and the next one is measured; at the end of the time the rest is said to be missing."""
+
+    def broken() -> Iterator[Result]:
+        yield Result("first", 1, 1.0)
+        raise OSError("no such library")
+
+    monkeypatch.setattr(gpu, "parts", lambda *_: iter([broken(), iter([Result("second", 1, 1.0), Result("third", 1, 1.0)])]))
+    for end, names, said in (
+        (float("inf"), ["first", "second", "third"], ["OSError: no such library"]),
+        (0.0, ["first"], ["stopped: there was no time for the rest"]),
+    ):
+        problems: list[str] = []
+        assert [result.name for result in gpu.measured(Machine("cpu"), True, True, end, problems)] == names
+        assert problems == said
+
+
+@without_gpu
+def test_the_report_has_what_the_doctor_finds_for_a_gpu_tier() -> None:
+    """GPUDirect Storage is tried; here it is refused with the reason, and the lack of a driver is an error."""
+    found = {one["check"]: one for one in gpu.examine()}
+    assert found["gpu driver"]["level"] == "error"
+    assert found["gds in use"]["level"] == "warning" and found["gds in use"]["remedy"]
+
+
+def test_what_cannot_be_imported_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an engine's packages its daemon runs, without the daemon's none of both."""
+    there = set(gpu.DAEMON_NEEDS) | set(gpu.ENGINE_NEEDS)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
+    assert gpu.what_can_run() == (True, True, [])
+    there.remove("transformers")
+    assert gpu.what_can_run() == (True, False, ["left out: an engine; transformers cannot be imported"])
+    there.remove("uvloop")
+    said = "left out: the daemon, an engine; uvloop, transformers cannot be imported"
+    assert gpu.what_can_run() == (False, False, [said])
 
 
 def test_a_report_is_written_under_the_device_and_the_date(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import HAS_GPU
+from tierd.memory import NORESERVE
 from tierd_kernels.pages import (
     Pages,
     gather_kernel,
@@ -22,6 +25,7 @@ from tierd_kernels.pages import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LAYERS, HEADS, TOKENS = 2, 3, 4
 COUNT = 5
+MIB, GIB = 1 << 20, 1 << 30
 
 # How engines lay out pages: a function from the numbers of pages and of a vector, and the dtype, to views.
 LAYOUTS: dict[str, Callable[[int, int, torch.dtype], list[torch.Tensor]]] = {
@@ -131,6 +135,30 @@ def test_store_equals_its_twin(
         store_twin(theirs, layer, new, mapping)
         store_kernel(ours, layer, new, mapping)
     assert all(same_bytes(mine, other) for mine, other in zip(ours.views, theirs.views, strict=True))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="kernels are defined for the GPU here, not for the interpreter")
+def test_pages_and_slots_may_be_farther_apart_than_32_bits_reach() -> None:
+    """Three pages and three slots in 36 GiB of addresses each, counted in units of 16 bytes; nearly all is never touched."""
+    views = [sparse(36 * GIB + MIB)[at * MIB // 2 :].view(torch.bfloat16) for at in (0, 1)]
+    shape, strides = (3, HEADS, TOKENS, 16), (18 * GIB // 2, TOKENS * 16, 16, 1)
+    pages = Pages([view.as_strided(shape, strides) for view in views])
+    slots = sparse(36 * GIB + MIB).as_strided((3, pages.block_bytes), (18 * GIB, 1))
+    blocks, order = filled((3, 2, HEADS, TOKENS, 16), torch.bfloat16), torch.tensor([2, 0, 1], dtype=torch.int32)
+    for view, part in zip(pages.views, blocks.unbind(1), strict=True):
+        view.copy_(part)
+    gather_kernel(pages, order, slots, torch.arange(3, dtype=torch.int32))
+    assert all(torch.equal(slots[at].view(torch.bfloat16), blocks[page].flatten()) for at, page in enumerate(order.tolist()))
+    scatter_kernel(slots, torch.arange(3, dtype=torch.int32), pages, order.flip(0))
+    assert torch.equal(torch.stack(pages.views, dim=1)[order.flip(0)], blocks[order])
+    new = [filled((1, HEADS, 16), torch.bfloat16)] * 2
+    store_kernel(pages, 0, new, torch.tensor([2 * TOKENS + 1]))
+    assert all(torch.equal(view[2, :, 1], part[0]) for view, part in zip(pages.views, new, strict=True))
+
+
+def sparse(size: int) -> torch.Tensor:
+    """So many bytes of zeros, uint8, of which only what is written takes memory."""
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE), dtype=torch.uint8)
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -41,32 +41,61 @@ def levels(found: list[Finding]) -> dict[str, str]:
 
 def test_a_machine_without_a_driver_is_told_what_works_all_the_same(tmp_path: Path) -> None:
     """One note, and no complaint about what only a GPU needs."""
-    [finding] = gpu.examine(machine_of(tmp_path, {}))
-    assert (finding.level, finding.found) == (NOTE, "no NVIDIA driver is loaded") and "without one" in finding.remedy
+    [finding] = gpu.examine(machine_of(tmp_path, {}), config_of(tmp_path))
+    assert (finding.level, finding.found) == (NOTE, "no NVIDIA driver is loaded: no GPU, no GPUDirect Storage")
+    assert "without one" in finding.remedy
+
+
+def test_a_gpu_tier_without_a_driver_is_an_error(tmp_path: Path) -> None:
+    """The daemon would not start, unless its gpu tier is in host memory."""
+    on_gpu = {"gpu_bytes": "1GiB", "gpu_device": "cuda:0"}
+    [finding] = gpu.examine(machine_of(tmp_path, {}), config_of(tmp_path, **on_gpu))
+    assert finding.level == ERROR and "gpu.device is cuda:0" in finding.found
+    [finding] = gpu.examine(Machine(tmp_path), config_of(tmp_path, **on_gpu | {"gpu_device": "cpu"}))
+    assert finding.level == NOTE
+
+
+GPU_BOX = {
+    "/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module  580.95.05\nGCC version: 13",
+    "/proc/driver/nvidia/gpus/0000:0b:00.0/information": "Model: \t NVIDIA H100 80GB HBM3\nIRQ: 5",
+    "/sys/bus/pci/devices/0000:0b:00.0/numa_node": "1",
+    "/dev/nvidia0": "",
+    "/dev/nvidiactl": "",
+    "/proc/modules": "",
+}
 
 
 def test_a_gpu_box_without_direct_storage_is_told_each_thing_that_is_missing(tmp_path: Path) -> None:
     """The device and its NUMA node are named; nvidia-fs, udev and device nodes that are absent are to be mended."""
-    files = {
-        "/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module  580.95.05\nGCC version: 13",
-        "/proc/driver/nvidia/gpus/0000:0b:00.0/information": "Model: \t NVIDIA H100 80GB HBM3\nIRQ: 5",
-        "/sys/bus/pci/devices/0000:0b:00.0/numa_node": "1",
-        "/dev/nvidia0": "",
-        "/dev/nvidiactl": "",
-        "/proc/modules": "",
-    }
-    found = list(gpu.examine(machine_of(tmp_path, files)))
+    config = config_of(tmp_path)
+    found = list(gpu.examine(machine_of(tmp_path, GPU_BOX), config))
     assert [finding.found for finding in found if finding.check == "gpu"] == [
         "NVIDIA H100 80GB HBM3 at 0000:0b:00.0, NUMA node 1"
     ]
-    missing = [finding.found for finding in found if finding.check == "gpu nodes"]
+    missing = [finding.found for finding in found if finding.check == "gpu nodes" and finding.level == WARNING]
     assert missing == ["/dev/nvidia-uvm is not there"]
     by_check = levels(found)
     assert (by_check["gds"], by_check["gds udev"]) == (WARNING, WARNING) and "gds modules" not in by_check
     (tmp_path / "run/udev").mkdir(parents=True)
-    machine_of(tmp_path, {"/proc/driver/nvidia-fs/version": "version: 2.26.6", "/dev/nvidia-uvm": ""})
-    by_check = levels(list(gpu.examine(Machine(tmp_path))))
-    assert by_check["gds"] == OK and not {"gds udev", "gpu nodes"} & set(by_check)
+    more = {"/proc/driver/nvidia-fs/version": "version: 2.26.6", "/dev/nvidia-uvm": "", "/dev/nvidia-fs0": ""}
+    by_check = levels(list(gpu.examine(machine_of(tmp_path, more), config)))
+    assert by_check["gds"] == by_check["gpu nodes"] == OK and "gds udev" not in by_check
+
+
+def test_device_nodes_are_named_with_their_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that this user can open in one line, each of the others with its remedy."""
+    machine = machine_of(tmp_path, GPU_BOX | {"/dev/nvidia-uvm": "", "/dev/nvidia-fs0": ""})
+    for name, mode in (("nvidia0", 0o600), ("nvidiactl", 0o660), ("nvidia-uvm", 0o666), ("nvidia-fs0", 0o600)):
+        (tmp_path / "dev" / name).chmod(mode)
+    closed = {tmp_path / "dev/nvidia0", tmp_path / "dev/nvidia-fs0"}
+    monkeypatch.setattr("os.access", lambda path, mode: path not in closed)  # root may open everything
+    found = [finding for finding in gpu.examine(machine, config_of(tmp_path)) if finding.check == "gpu nodes"]
+    assert [(finding.level, finding.found) for finding in found] == [
+        (WARNING, "/dev/nvidia0 (mode 600) cannot be opened by this user"),
+        (WARNING, "/dev/nvidia-fs0 (mode 600) cannot be opened by this user"),
+        (OK, "this user can open /dev/nvidiactl (mode 660), /dev/nvidia-uvm (mode 666)"),
+    ]
+    assert all("group" in finding.remedy for finding in found[:2])
 
 
 @pytest.mark.parametrize(("cpu", "level"), [("512MiB", OK), ("1536MiB", WARNING), ("4GiB", ERROR)])
@@ -106,6 +135,26 @@ def test_a_device_mapper_below_is_told_to_those_who_have_a_gpu(tmp_path: Path) -
     machine_of(tmp_path, {"/proc/driver/nvidia/version": "NVRM version: 580"})
     volume = [finding.found for finding in storage.examine(machine, config) if finding.check == "gds volume"]
     assert len(volume) == 2 and "device mapper" in volume[0] and "data=journal" in volume[1]
+
+
+def test_a_drive_of_another_socket_than_the_gpu_is_told(tmp_path: Path) -> None:
+    """Both nodes are known, and differ; on the GPU's own node all is well, and mount options are named."""
+    drive = tmp_path / "sys/devices/pci/nvme0n1"
+    drive.mkdir(parents=True)
+    for folder, name in (("sys/class/block", "nvme0n1"), ("sys/dev/block", "259:0")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).symlink_to(drive)
+    state = tmp_path / "state"
+    state.mkdir()
+    node = {"/sys/devices/pci/nvme0n1/device/device/numa_node": "0"}
+    mounts = {"/proc/self/mountinfo": "22 1 259:0 / / rw,relatime shared:1 - xfs /dev/nvme0n1 rw,noquota\n"}
+    found = {one.check: one for one in storage.examine(machine_of(tmp_path, GPU_BOX | node | mounts), config_of(state))}
+    assert found["nvme numa"].level == WARNING and "NUMA node 0, no GPU is" in found["nvme numa"].found
+    assert found["nvme file system"].found.endswith("(nvme0n1), noquota,relatime,rw")
+    assert found["gds in use"].level == NOTE and "there is no gpu tier on a GPU" in found["gds in use"].found
+    machine = machine_of(tmp_path, {"/sys/devices/pci/nvme0n1/device/device/numa_node": "1"})
+    found = {one.check: one for one in storage.examine(machine, config_of(state))}
+    assert found["nvme numa"].level == OK
 
 
 def test_too_little_space_is_said_with_how_much_is_missing(tmp_path: Path) -> None:

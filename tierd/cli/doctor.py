@@ -37,7 +37,7 @@ def run(options: Namespace) -> int:
 
 def examine(machine: Machine, config: Config) -> Iterator[Finding]:
     """All findings, in the order in which they are read best."""
-    yield from gpu.examine(machine)
+    yield from gpu.examine(machine, config)
     yield from memory.examine(machine, config)
     yield from storage.examine(machine, config)
 

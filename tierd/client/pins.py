@@ -12,8 +12,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 
 from tierd.client.mapping import Mapping
-from tierd.client.pinned import Driver
-from tierd.errors import TierdError
+from tierd.driver import Context
 
 log = logging.getLogger("tierd.client")
 
@@ -23,8 +22,8 @@ Ended = Callable[[], None]
 class Pins:
     """Which segments are registered. Registers one after the other, in a thread of its own; used by several threads."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._lock = Lock()
         self._registered: set[int] = set()
         self._refused = 0
@@ -66,8 +65,8 @@ class Pins:
     def _register(self, mapping: Mapping) -> None:
         address = mapping.slots.ctypes.data
         try:
-            self._driver.register(address, mapping.slots.nbytes)
-        except TierdError as error:
+            self._context.register(address, mapping.slots.nbytes)
+        except OSError as error:
             self._say("registered", mapping, error)
             return
         mapping.unpin = partial(self._unregister, mapping, address)
@@ -79,13 +78,13 @@ class Pins:
         with self._lock:
             self._registered.discard(address)
         try:
-            self._driver.unregister(address)
-        except TierdError as error:
+            self._context.unregister(address)
+        except OSError as error:
             self._say("unregistered", mapping, error)
 
-    def _say(self, what: str, mapping: Mapping, error: TierdError) -> None:
+    def _say(self, what: str, mapping: Mapping, error: OSError) -> None:
         with self._lock:
             self._refused += 1
             first = self._refused == 1
         if first:
-            log.warning("%r cannot be %s, copies to and from the GPU go on more slowly: %s", mapping, what, error)
+            log.warning("%r cannot be %s, copies to and from the GPU go on more slowly: %s", mapping, what, error.strerror)

@@ -62,5 +62,5 @@ def _locked() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Finding("locked memory", OK, "no limit")
-    remedy = "for RDMA and GPUDirect Storage set LimitMEMLOCK=infinity; nothing else needs it"
+    remedy = "with a GPU or RDMA set LimitMEMLOCK=infinity: memory is registered with the driver; nothing else needs it"
     return Finding("locked memory", NOTE, f"the limit is {rounded_size(soft)}", remedy)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tierd.config import Config
 from tierd.doctor.finding import ERROR, NOTE, OK, WARNING, Finding
+from tierd.doctor.gpu import gpus, wants_gpu
 from tierd.doctor.machine import Machine
 from tierd.errors import Invalid
 from tierd.tiers.gds import measure
@@ -27,8 +28,11 @@ def examine(machine: Machine, config: Config) -> Iterator[Finding]:
     yield _space(config, folder)
     yield from _file_system(machine, folder.resolve())
     yield _io_engine(config, folder)
-    if config.gpu.bytes and config.gpu.device != "cpu":
+    if wants_gpu(config):
         yield _gds(config, folder)
+    elif gpus(machine):
+        remedy = "with --set gpu.bytes=1GiB --set gpu.device=cuda:0 it is tried"
+        yield Finding("gds in use", NOTE, "no: there is no gpu tier on a GPU (gpu.bytes, gpu.device)", remedy)
 
 
 def existing(folder: Path) -> Path:
@@ -59,7 +63,8 @@ def _file_system(machine: Machine, folder: Path) -> Iterator[Finding]:
         yield Finding("nvme file system", NOTE, f"/proc/self/mountinfo does not say what {folder} is on")
         return
     disks = machine.disks(mount.device)
-    found = f"{mount.kind} on {mount.source} at {mount.point} ({' on '.join(disks) or 'no block device'})"
+    options = ",".join(sorted(mount.options))
+    found = f"{mount.kind} on {mount.source} at {mount.point} ({' on '.join(disks) or 'no block device'}), {options}"
     if mount.kind in IN_MEMORY:
         yield Finding("nvme file system", WARNING, found, "set nvme.path to a directory on an NVMe drive")
         return
@@ -67,9 +72,18 @@ def _file_system(machine: Machine, folder: Path) -> Iterator[Finding]:
     yield from _for_direct_storage(machine, mount.kind, disks, "data=journal" in mount.options)
     for disk in disks:
         if (node := machine.numa_node(f"/sys/class/block/{disk}/device/device")) is not None:
-            yield Finding("nvme numa", OK, f"{disk} is on NUMA node {node}")
+            yield _numa(machine, disk, node)
         if machine.number(f"/sys/class/block/{disk}/queue/rotational") == 1 and not disk.startswith(("vd", "dm")):
             yield Finding("nvme disk", WARNING, f"{disk} is a rotating disk", "set nvme.path to a directory on an NVMe drive")
+
+
+def _numa(machine: Machine, disk: str, node: int) -> Finding:
+    """Where a drive is, and whether a GPU is there too."""
+    nodes = {machine.numa_node(f"/sys/bus/pci/devices/{address}") for address in gpus(machine)} - {None}
+    if nodes and node not in nodes:
+        found = f"{disk} is on NUMA node {node}, no GPU is: their bytes cross sockets"
+        return Finding("nvme numa", WARNING, found, "use a drive of the GPU's node: see lspci and numactl --hardware")
+    return Finding("nvme numa", OK, f"{disk} is on NUMA node {node}")
 
 
 def _for_direct_storage(machine: Machine, kind: str, disks: list[str], journal: bool) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from tierd.tiers.host import HostSegment
 from tierd.tiers.io import IoEngine
 from tierd.tiers.nvme import FileSegment
 from tierd.tiers.paths import Paths
+from tierd.tiers.pins import Pins
 from tierd.tiers.segment import Geometry, Medium
 from tierd.tiers.state import StateDirectory
 
@@ -69,13 +70,16 @@ class Tier(Protocol):
 
 class MemoryTier:
     """Memory segments of the host, of the cpu tier or of a gpu tier without a GPU. Where a service manager keeps descriptors,
-    segments outlive this process.
+    segments outlive this process. `pins` registers them with a GPU whose blocks come and go here.
     """
 
     medium = Medium.MEMORY
 
-    def __init__(self, name: str, bytes_max: int, segment_bytes: int, huge_pages: str = "off") -> None:
+    def __init__(
+        self, name: str, bytes_max: int, segment_bytes: int, huge_pages: str = "off", pins: Pins | None = None
+    ) -> None:
         self.name = name
+        self.pins = pins
         self.budget = Budget(bytes_max)
         self._segment_bytes = segment_bytes
         self._huge_pages = huge_pages
@@ -94,6 +98,8 @@ class MemoryTier:
     def create(self, namespace: Namespace, ordinal: int) -> MemorySegment:
         """See Tier."""
         segment = self._make(namespace)
+        if self.pins:
+            self.pins.add(segment.slots)
         segment.kept_as = f"{self.name}.{ordinal}.{systemd.short(segment.segment_id[:6])}"
         for name, descriptor in stored_names(segment).items():
             if systemd.can_store() and not systemd.store(name, [descriptor]):
@@ -103,10 +109,15 @@ class MemoryTier:
 
     def adopt(self, directory_fd: int, slots_fd: int) -> MemorySegment:
         """The segment that these descriptors are, which belong to it then; raises Invalid when they are none."""
-        return HostSegment.adopt(directory_fd, slots_fd)
+        segment = HostSegment.adopt(directory_fd, slots_fd)
+        if self.pins:
+            self.pins.add(segment.slots)
+        return segment
 
     def discard(self, segment: MemorySegment) -> bool:
         """See Tier."""
+        if self.pins:
+            self.pins.remove(segment.slots)
         for name in stored_names(segment):
             systemd.remove(name)
         segment.close()
