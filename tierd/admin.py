@@ -6,10 +6,10 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tierd import __version__, clock
+from tierd import __version__, audit, clock
 from tierd.config import Config
 from tierd.core.plan import WRITE_BACK
-from tierd.errors import Invalid
+from tierd.errors import Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, slots_by_state
 from tierd.server import Connection
@@ -46,7 +46,18 @@ class Admin:
         """Nothing was kept."""
 
     def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
-        """Answer status, sync, drain and reload."""
+        """Answer a checked request; the audit log has it when it has ended."""
+        try:
+            answer = self._answer(request)
+        except TierdError as error:
+            audit.asked(connection.peer, request, error.code, reason=str(error))
+            raise
+        if not isinstance(answer, dict):
+            return audit.followed(connection.peer, request, answer)
+        audit.asked(connection.peer, request, "done")
+        return answer
+
+    def _answer(self, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         match request.verb:
             case "status":
                 return self.status()

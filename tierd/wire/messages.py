@@ -91,6 +91,8 @@ DATA = {
     "stats": {},
 }
 ADMIN: dict[str, dict[str, Argument]] = {"status": {}, "sync": {}, "drain": {}, "reload": {}}
+READING_VERBS = {"status"}
+"""Of the admin socket: they change nothing."""
 
 WELCOME = {
     "version": U32,
