@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from tierd import __version__, audit, clock
 from tierd.config import Config
 from tierd.core.plan import WRITE_BACK
-from tierd.errors import Invalid, TierdError
+from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, slots_by_state
+from tierd.purge import Purged, purge
 from tierd.server import Connection
+from tierd.space import Space
 from tierd.tiers.io import Io
 from tierd.wire.messages import Request
 
@@ -37,6 +40,7 @@ class Admin:
         self._config, self._keeper, self._metrics, self._io = config, keeper, metrics, io
         self._drain, self._reload = drain, reload
         self._metrics_address = metrics_address
+        self._purging: set[asyncio.Task[Purged]] = set()
         self._started = clock.monotonic_seconds()
 
     def connected(self, connection: Connection) -> None:
@@ -68,6 +72,8 @@ class Admin:
                 return {}
             case "reload":
                 return self._reload()
+            case "purge":
+                return self._purge(request["namespace"], request["shred"])
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
@@ -76,6 +82,23 @@ class Admin:
         await self._keeper.sync(clock.monotonic_seconds() + most)
         meanwhile = self._metrics.counters() - before
         return {"blocks": meanwhile["written",], "given_up": sum(meanwhile[name] for name in GIVEN_UP)}
+
+    async def _purge(self, prefix: str, shred: bool) -> dict[str, Any]:
+        space = self._find(prefix)
+        purging = asyncio.create_task(purge(self._keeper, space, shred))
+        self._purging.add(purging)
+        purging.add_done_callback(self._purging.discard)
+        done = await asyncio.shield(purging)  # whoever asked may leave: what was begun is finished
+        return {"namespace": space.namespace.id, "epoch": space.epoch, "blocks": done.blocks, "segments": done.segments}
+
+    def _find(self, prefix: str) -> Space:
+        """The namespace whose id in hex begins so."""
+        found = [space for space in self._keeper.spaces.values() if space.namespace.id.hex().startswith(prefix.lower())]
+        if not found:
+            raise Gone(f"no namespace begins with {prefix!r}: tierd status --json lists them")
+        if len(found) > 1:
+            raise Invalid(f"{len(found)} namespaces begin with {prefix!r}: give more digits")
+        return found[0]
 
     def status(self) -> dict[str, Any]:
         """Everything a person asks first, as plain values."""
@@ -109,6 +132,7 @@ class Admin:
                     "model": space.namespace.model,
                     "block_bytes": space.namespace.layout.block_bytes,
                     "blocks": space.cache.index.blocks,
+                    "dying_segments": space.dying,
                     "sessions": [{"client": s.name, "pid": s.pid} for s in space.sessions.values()],
                     "slots": {arena.tier.name: arena.pool.counts() for arena in space.arenas},
                 }

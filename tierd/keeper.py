@@ -165,7 +165,10 @@ class Keeper:
         """Make a segment whose bytes are reserved, then go on with what waited for it."""
         ordinal, at, grown = arena.pool.next_ordinal, self.tiers.index(arena.tier), False
         try:
-            segment = await asyncio.to_thread(arena.tier.create, space.namespace, ordinal)
+            segment = await asyncio.to_thread(arena.tier.create, space.namespace, ordinal, epoch := space.epoch)
+            while epoch < space.epoch:  # purged meanwhile: it is empty, and joins the new epoch
+                await asyncio.to_thread(segment.outdate, epoch := space.epoch)
+                segment.directory.epoch = epoch
         except TierdError as error:
             arena.tier.budget.release(arena.geometry.total_bytes)
             if not self._paused_until[at]:
@@ -296,12 +299,14 @@ class Keeper:
         if tier in space.cache.ladder.mapped:
             await until(lambda: self._is_unmapped(space, arena, ordinal))
         segment = arena.remove(ordinal)
+        arena.leaving.add(segment)
         is_gone = await asyncio.to_thread(arena.tier.discard, segment)
         if arena is space.lower:
             self._failures.update(segment.failures)
         if not is_gone:
             log.error("a segment's files stay: their bytes count till the next start", segment=segment.segment_id)
             return
+        arena.leaving.remove(segment)
         arena.tier.budget.release(arena.geometry.total_bytes)
         for taker in self._takers[tier]:  # at once, before who has lost the segment can have its bytes again
             wanting = taker.arenas[tier]
@@ -338,11 +343,13 @@ class Keeper:
         idle = [space for space in self.spaces.values() if not space.sessions]
         if not idle:
             return False
-        space = min(idle, key=lambda one: one.left_at)
-        for tier, arena in enumerate(space.arenas):
-            for ordinal in arena.segments.keys() - arena.pool.closing:
-                self._background(self._kill(space, ordinal, tier))
+        self.give_up(space := min(idle, key=lambda one: one.left_at), space.open_segments())
         return True
+
+    def give_up(self, space: Space, segments: list[tuple[int, int]]) -> None:
+        """Begin to destroy these segments of a space, by tier and ordinal; each goes when nobody uses it any more."""
+        for tier, ordinal in segments:
+            self._background(self._kill(space, ordinal, tier))
 
     def nvme_failures(self) -> Counter[str]:
         """Failed accesses to segment files by reason, those of files that are gone included."""

@@ -80,6 +80,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "sync": {"deadline_ms": 5000},
     "drain": {},
     "reload": {},
+    "purge": {"namespace": "0123abcd", "shred": True},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,

@@ -201,6 +201,13 @@ class CacheMachine(RuleBasedStateMachine):
         if len(open_ones) > 1:
             self.world.vacate(tier, open_ones[pick % len(open_ones)])
 
+    @rule()
+    def purge(self) -> None:
+        """Everything is to be forgotten, whoever uses it."""
+        self.world.purge()
+        for tier in range(self.world.tiers):
+            self.world.add_segment(tier)
+
     @rule(tier=st.integers(0, 2))
     def collect_and_grow(self, tier: int) -> None:
         """What is idle goes, and its numbers are used again."""

@@ -21,6 +21,7 @@ from tierd.core.cache import Cache
 from tierd.core.ladder import CLOSED, TIERS
 from tierd.core.plan import MISMATCH, NO_ROOM, OK, PENDING, STORED, Committed, Found, Transfer, Wait
 from tierd.core.pool import FILLING, QUARANTINED, READY, STATES, Pool
+from tierd.core.purge import purge
 from tierd.core.recovery import recover
 from tierd.errors import Busy, Gone
 
@@ -278,6 +279,14 @@ class World:
         self.settle(evicts={tier})
         slots = [at[tier] for at in self.where.values() if tier in at]
         assert ordinal not in [slot // self.slots for slot in slots], "vacated blocks are still found"
+
+    def purge(self) -> None:
+        """Forget everything: what was stored before is not there, for whoever asks and whatever is under way."""
+        self.losses = True
+        count = purge(self.cache)
+        assert count >= len(self.where), "there were more blocks than a purge knows of"
+        self.settle(evicts=set(range(self.tiers)))
+        assert not self.where and not self.cache.index.blocks, "purged blocks are still found"
 
     def collect(self) -> int:
         """Take away the segments that nobody uses any more; returns how many."""

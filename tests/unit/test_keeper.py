@@ -29,11 +29,11 @@ class FaultyTier(MemoryTier):
         self.may_go_on = Event()
         self.may_go_on.set()
 
-    def create(self, namespace: Namespace, ordinal: int) -> HostSegment:
+    def create(self, namespace: Namespace, ordinal: int, epoch: int) -> HostSegment:
         self.may_go_on.wait(20)
         if self.is_full:
             raise Busy("the machine has no memory left")
-        return super().create(namespace, ordinal)
+        return super().create(namespace, ordinal, epoch)
 
 
 def space_of(keeper: Keeper, model: str) -> Space:

@@ -22,6 +22,7 @@ COMMANDS = {
     "status": "show what a running daemon holds",
     "reload": "have a running daemon read its configuration again",
     "install-service": "write the systemd units for this environment, or remove them again",
+    "purge": "forget all that a namespace has stored",
     "sync": "wait until everything admitted so far is on NVMe",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
     "doctor": "say what this machine lacks, and what to do about it",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 
 from tierd.cli.admin import ask
-from tierd.cli.options import add_config_arguments, load_config
+from tierd.cli.options import add_config_arguments, load_config, seconds
 from tierd.clock import monotonic_seconds
 from tierd.errors import Busy
 
@@ -38,10 +38,3 @@ def run(options: Namespace) -> int:
             note = f", {given_up} given up: no room, or the disk failed" if given_up else ""
             print(f"synced: {reply.get('blocks', 0)} blocks written meanwhile{note}")
             return 0
-
-
-def seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 86_400:
-        raise ArgumentTypeError(f"{text} is not from 0 to 86400 seconds")
-    return number

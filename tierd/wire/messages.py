@@ -54,6 +54,8 @@ SEGMENTS = Argument(list, 1, SEGMENTS_PER_PUSH_MAX)
 
 PAGES = Argument(bytes, SLOT_BYTES, U32_MAX, SLOT_BYTES)
 LABEL = Argument(str, 1, 128)
+HEX = Argument(str, 4, 64)
+FLAG = Argument(bool, 0, 1)
 
 HELLO = {"model": NAME, "layout": MAP, "fingerprint": BIN16, "client": TEXT, "domain": optional(NAME), "tier": optional(NAME)}
 HELD = Struct("<16sII")
@@ -90,7 +92,13 @@ DATA = {
     "bye": {},
     "stats": {},
 }
-ADMIN: dict[str, dict[str, Argument]] = {"status": {}, "sync": {}, "drain": {}, "reload": {}}
+ADMIN: dict[str, dict[str, Argument]] = {
+    "status": {},
+    "sync": {},
+    "drain": {},
+    "reload": {},
+    "purge": {"namespace": HEX, "shred": optional(FLAG, False)},
+}
 READING_VERBS = {"status"}
 """Of the admin socket: they change nothing."""
 
@@ -182,7 +190,7 @@ def check_value(where: str, name: str, value: Any, argument: Argument) -> None:
     _, least, most, multiple, _ = argument
     if type(value) is not kind:
         raise Invalid(f"{where}: {name!r} must be {kind.__name__}, not {type(value).__name__}")
-    size: int = value if kind is int else len(value)
+    size: int = value if kind in (int, bool) else len(value)
     if not least <= size <= most or size % multiple:
         refuse_size(where, name, size, argument)
 
