@@ -1,7 +1,7 @@
 """The command `tierd`. Each subcommand is a module of this package and is imported only when it is asked for.
 
 Exit codes: 0 done; 1 it failed; 2 the command line or the configuration is wrong; 3 the daemon cannot be reached;
-130 interrupted.
+4 blocks or files are damaged (fsck, scrub); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import import_module
 from tierd import __version__
 from tierd.errors import Closed, Invalid, TierdError
 
-OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, UNREACHABLE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 COMMANDS = {
     "serve": "run the daemon",
@@ -25,6 +25,7 @@ COMMANDS = {
     "purge": "forget all that a namespace has stored",
     "sync": "wait until everything admitted so far is on NVMe",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
+    "fsck": "check the state directory of a stopped daemon, and repair it if asked to",
     "doctor": "say what this machine lacks, and what to do about it",
     "replay": "replay a trace through the eviction policies, to choose one",
     "bench": "measure this machine and tierd on it",
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def choose(given: list[str]) -> str:
     """The command's name; prints help or usage and exits when there is none."""
     commands = "\n".join(f"  {name:15} {text}" for name, text in COMMANDS.items())
-    codes = "exit codes: 0 done, 1 failed, 2 usage or configuration, 3 daemon not reachable, 130 interrupted"
+    codes = "exit codes: 0 done, 1 failed, 2 usage or configuration, 3 daemon not reachable, 4 damage found, 130 interrupted"
     parser = argparse.ArgumentParser(
         prog="tierd",
         usage="tierd COMMAND [ARGUMENTS]",
