@@ -12,8 +12,9 @@ from tierd.config import Config
 from tierd.core.plan import WRITE_BACK
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
-from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, slots_by_state
+from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, mismatches, slots_by_state
 from tierd.purge import Purged, purge
+from tierd.scrub import Scrub
 from tierd.server import Connection
 from tierd.space import Space
 from tierd.tiers.io import Io
@@ -33,12 +34,13 @@ class Admin:
         keeper: Keeper,
         metrics: Metrics,
         io: Io,
+        scrub: Scrub,
         metrics_address: str,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._config, self._keeper, self._metrics, self._io = config, keeper, metrics, io
-        self._drain, self._reload = drain, reload
+        self._scrub, self._drain, self._reload = scrub, drain, reload
         self._metrics_address = metrics_address
         self._purging: set[asyncio.Task[Purged]] = set()
         self._started = clock.monotonic_seconds()
@@ -74,6 +76,8 @@ class Admin:
                 return self._reload()
             case "purge":
                 return self._purge(request["namespace"], request["shred"])
+            case "scrub":
+                return self._scrubbed(request["action"])
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
@@ -90,6 +94,18 @@ class Admin:
         purging.add_done_callback(self._purging.discard)
         done = await asyncio.shield(purging)  # whoever asked may leave: what was begun is finished
         return {"namespace": space.namespace.id, "epoch": space.epoch, "blocks": done.blocks, "segments": done.segments}
+
+    def _scrubbed(self, action: str) -> dict[str, Any]:
+        match action:
+            case "start":
+                self._scrub.start()
+            case "pause":
+                self._scrub.pause()
+            case "status":
+                pass
+            case _:
+                raise Invalid(f"scrub: {action!r:.64} is not one of start, pause, status")
+        return self._scrub.status()
 
     def _find(self, prefix: str) -> Space:
         """The namespace whose id in hex begins so."""
@@ -122,7 +138,7 @@ class Admin:
             "tiers": tiers,
             "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},
             "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},
-            "checksum_failures": sum(n for name, n in counters.items() if name[:2] == ("failed", "mismatch")),
+            "checksum_failures": mismatches(counters),
             "unwritten_runs": self._keeper.unwritten(),
             "sessions": sum(len(space.sessions) for space in spaces),
             "namespaces": [

@@ -11,7 +11,7 @@ from typing import Any
 
 from tierd.errors import TierdError
 from tierd.log import get_logger
-from tierd.wire.messages import READING_VERBS, Request
+from tierd.wire.messages import Request, only_reads
 from tierd.wire.peer import Peer
 
 log = get_logger("audit")
@@ -19,7 +19,7 @@ log = get_logger("audit")
 
 def asked(peer: Peer, request: Request, outcome: str, **found: Any) -> None:
     """An operator's request has ended; its arguments are fields, and so is what came of it."""
-    write = log.debug if request.verb in READING_VERBS else log.info
+    write = log.debug if only_reads(request) else log.info
     fields = {name: value for name, value in request.items() if value is not None} | found
     write("admin", verb=request.verb, uid=peer.uid, pid=peer.pid, outcome=outcome, **fields)
 

@@ -98,6 +98,7 @@ class Nvme:
     require_gds: bool = key(False, boolean)
     write_back: bool = key(True, boolean)
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
+    scrub_bytes_per_second: int = key("64MiB", size(64 * KIB, 1024 * GIB), live=True)
 
 
 @dataclass(frozen=True)

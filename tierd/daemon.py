@@ -28,6 +28,7 @@ from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
 from tierd.reload import Reloader
+from tierd.scrub import Scrub
 from tierd.server import Server
 from tierd.service import Service
 from tierd.space import Space
@@ -94,8 +95,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
 
         def configure(config: Config) -> None:
             service.config = config
+            scrub.bytes_per_second = config.nvme.scrub_bytes_per_second
             log.configure(config.log.level, config.log.format)
 
+        scrub = Scrub(keeper, config.nvme.scrub_bytes_per_second)
+        stack.push_async_callback(scrub.close)
         reloader = Reloader(config, load, configure)
 
         def health() -> tuple[bool, str]:
@@ -106,7 +110,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         loopback = Exporter(metrics.registry, health, config.metrics.listen, made=metrics_socket, scraped=metrics.scraped)
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, way, exporter.address, stop.set, reloader.reload)
+        admin = Admin(config, keeper, metrics, way, scrub, exporter.address, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)

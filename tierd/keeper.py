@@ -65,6 +65,8 @@ class Keeper:
         self._takers: list[list[Space]] = [[] for _ in tiers]
         """Who waits for the bytes of a segment that is on its way out, by tier and in the order of their coming."""
         self._dying: list[set[asyncio.Task[None]]] = [set() for _ in tiers]
+        self._given_up: list[set[asyncio.Task[None]]] = [set() for _ in tiers]
+        """Segments on their way out for nobody in particular, likewise."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turns = count(1)
         self._closing = False
@@ -139,7 +141,8 @@ class Keeper:
     def _is_moving(self) -> bool:
         """Whether something is under way after which a tier may have room."""
         growing = any(arena.growing for space in self.spaces.values() for arena in space.arenas)
-        return growing or any(self.mover.in_flight.values()) or any(self._handing) or any(self._dying)
+        leaving = any(self._handing) or any(self._dying) or any(self._given_up)
+        return growing or leaving or any(self.mover.in_flight.values())
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
@@ -236,7 +239,8 @@ class Keeper:
                 if arena.growing is None:
                     self._start_handing_over(space, tier)
                 growing = {other.arenas[tier].growing for other in self.spaces.values()}
-                under_way = {task for task in (*growing, self._handing[tier], *self._dying[tier]) if task}
+                leaving = self._dying[tier] | self._given_up[tier]
+                under_way = {task for task in (*growing, self._handing[tier], *leaving) if task}
                 left = deadline - clock.monotonic_seconds()
                 if not under_way:
                     raise Busy(f"every segment of the {name} tier is in use by other namespaces, or its medium is full")
@@ -349,7 +353,9 @@ class Keeper:
     def give_up(self, space: Space, segments: list[tuple[int, int]]) -> None:
         """Begin to destroy these segments of a space, by tier and ordinal; each goes when nobody uses it any more."""
         for tier, ordinal in segments:
-            self._background(self._kill(space, ordinal, tier))
+            dying = self._background(self._kill(space, ordinal, tier))
+            self._given_up[tier].add(dying)
+            dying.add_done_callback(self._given_up[tier].discard)
 
     def nvme_failures(self) -> Counter[str]:
         """Failed accesses to segment files by reason, those of files that are gone included."""

@@ -81,6 +81,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "drain": {},
     "reload": {},
     "purge": {"namespace": "0123abcd", "shred": True},
+    "scrub": {"action": "start"},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,

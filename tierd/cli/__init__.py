@@ -26,6 +26,7 @@ COMMANDS = {
     "sync": "wait until everything admitted so far is on NVMe",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
     "fsck": "check the state directory of a stopped daemon, and repair it if asked to",
+    "scrub": "read what is on NVMe in the background, and give up what is damaged",
     "doctor": "say what this machine lacks, and what to do about it",
     "replay": "replay a trace through the eviction policies, to choose one",
     "bench": "measure this machine and tierd on it",

@@ -222,6 +222,10 @@ class FileSegment:
                 noted[dirty] = False
                 put(dirty)
 
+    def hashes(self, slots: Slots) -> bytes:
+        """The packed hashes of the blocks in ready slots."""
+        return self.directory.hashes(slots)
+
     def scan(self) -> Scan:
         """What the directory holds; see `Directory.scan`."""
         with self._lock:

@@ -98,9 +98,14 @@ ADMIN: dict[str, dict[str, Argument]] = {
     "drain": {},
     "reload": {},
     "purge": {"namespace": HEX, "shred": optional(FLAG, False)},
+    "scrub": {"action": NAME},
 }
-READING_VERBS = {"status"}
-"""Of the admin socket: they change nothing."""
+
+
+def only_reads(request: Request) -> bool:
+    """Whether a request on the admin socket changes nothing."""
+    return request.verb == "status" or request.get("action") == "status"
+
 
 WELCOME = {
     "version": U32,
