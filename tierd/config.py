@@ -153,6 +153,8 @@ class Config:
     log: Log
     limits: Limits
     file: Path | None = None
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Where each key that is not left at its default was set, by `section.key`."""
 
     @classmethod
     def load(
@@ -181,7 +183,7 @@ class Config:
         made: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         for dotted, (section, name) in SPLIT.items():
             made[section][name] = values[dotted]
-        return cls(**{name: SECTIONS[name](**keys) for name, keys in made.items()}, file=file)
+        return cls(**{name: SECTIONS[name](**keys) for name, keys in made.items()}, file=file, origins=sources)
 
     def reloaded(self, fresh: Config) -> tuple[Config, list[str], list[str]]:
         """This configuration with what a running daemon can take over from another one, the names of keys that have changed by

@@ -20,10 +20,12 @@ OK, FAILED, USAGE, UNREACHABLE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 COMMANDS = {
     "serve": "run the daemon",
     "status": "show what a running daemon holds",
+    "config": "check the configuration, show it with where each value is from, or print its schema",
     "reload": "have a running daemon read its configuration again",
     "install-service": "write the systemd units for this environment, or remove them again",
     "purge": "forget all that a namespace has stored",
     "sync": "wait until everything admitted so far is on NVMe",
+    "drain": "write everything to NVMe, then stop the daemon",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
     "fsck": "check the state directory of a stopped daemon, and repair it if asked to",
     "scrub": "read what is on NVMe in the background, and give up what is damaged",
