@@ -1,23 +1,22 @@
-"""The admin socket: how the daemon is, and what an operator may ask of it."""
+"""The admin socket: what an operator may ask of the daemon."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tierd import __version__, audit, clock
+from tierd import audit, clock
 from tierd.config import Config
 from tierd.core.plan import WRITE_BACK
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
-from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, mismatches, slots_by_state
+from tierd.metrics import FAILURES, Metrics
 from tierd.purge import Purged, purge
 from tierd.scrub import Scrub
 from tierd.server import Connection
 from tierd.space import Space
-from tierd.tiers.io import Io
+from tierd.status import Status
 from tierd.wire.messages import Request
 
 GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
@@ -33,17 +32,14 @@ class Admin:
         config: Config,
         keeper: Keeper,
         metrics: Metrics,
-        io: Io,
+        status: Status,
         scrub: Scrub,
-        metrics_address: str,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._config, self._keeper, self._metrics, self._io = config, keeper, metrics, io
+        self._config, self._keeper, self._metrics, self._status = config, keeper, metrics, status
         self._scrub, self._drain, self._reload = scrub, drain, reload
-        self._metrics_address = metrics_address
         self._purging: set[asyncio.Task[Purged]] = set()
-        self._started = clock.monotonic_seconds()
 
     def connected(self, connection: Connection) -> None:
         """Nothing is kept per connection; the server admits only root and the daemon's own user."""
@@ -66,7 +62,7 @@ class Admin:
     def _answer(self, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         match request.verb:
             case "status":
-                return self.status()
+                return self._status()
             case "sync":
                 return self._sync(request.deadline_seconds)
             case "drain":
@@ -115,43 +111,3 @@ class Admin:
         if len(found) > 1:
             raise Invalid(f"{len(found)} namespaces begin with {prefix!r}: give more digits")
         return found[0]
-
-    def status(self) -> dict[str, Any]:
-        """Everything a person asks first, as plain values."""
-        counters = self._metrics.counters()
-        spaces = list(self._keeper.spaces.values())
-        tiers = {
-            tier.name: {
-                "used_bytes": tier.budget.used,
-                "limit_bytes": tier.budget.most,
-                "slots": slots_by_state(spaces, at),
-            }
-            for at, tier in enumerate(self._keeper.tiers)
-        }
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_seconds": clock.monotonic_seconds() - self._started,
-            "socket": str(self._config.server.socket),
-            "metrics": self._metrics_address,
-            "io": self._io._asdict(),
-            "tiers": tiers,
-            "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},
-            "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},
-            "checksum_failures": mismatches(counters),
-            "unwritten_runs": self._keeper.unwritten(),
-            "sessions": sum(len(space.sessions) for space in spaces),
-            "namespaces": [
-                {
-                    "id": space.namespace.id.hex(),
-                    "domain": space.namespace.domain,
-                    "model": space.namespace.model,
-                    "block_bytes": space.namespace.layout.block_bytes,
-                    "blocks": space.cache.index.blocks,
-                    "dying_segments": space.dying,
-                    "sessions": [{"client": s.name, "pid": s.pid} for s in space.sessions.values()],
-                    "slots": {arena.tier.name: arena.pool.counts() for arena in space.arenas},
-                }
-                for space in spaces
-            ],
-        }

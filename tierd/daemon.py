@@ -32,6 +32,7 @@ from tierd.scrub import Scrub
 from tierd.server import Server
 from tierd.service import Service
 from tierd.space import Space
+from tierd.status import Status
 from tierd.tiers import io
 from tierd.tiers.gds import Measured, measure
 from tierd.tiers.io import cufile
@@ -89,6 +90,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
         began = clock.unix_milliseconds() / 1000
         metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
+        status = Status(config, keeper, metrics, way)
         kept = Kept()
         stack.callback(kept.close)
         service = Service(config, keeper, metrics, kept, space_of)
@@ -110,7 +112,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         loopback = Exporter(metrics.registry, health, config.metrics.listen, made=metrics_socket, scraped=metrics.scraped)
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, way, scrub, exporter.address, stop.set, reloader.reload)
+        status.metrics_address = exporter.address
+        admin = Admin(config, keeper, metrics, status, scrub, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)

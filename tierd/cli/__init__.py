@@ -20,6 +20,7 @@ OK, FAILED, USAGE, UNREACHABLE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 COMMANDS = {
     "serve": "run the daemon",
     "status": "show what a running daemon holds",
+    "top": "watch a running daemon: tiers, hits, transfers, clients, the busiest namespaces",
     "config": "check the configuration, show it with where each value is from, or print its schema",
     "reload": "have a running daemon read its configuration again",
     "install-service": "write the systemd units for this environment, or remove them again",
