@@ -88,7 +88,8 @@ def test_the_screen_follows_the_daemon_and_is_left_as_it_was(daemon: Daemon, ter
         daemon.ask("sync")
         peer.load(hashes_of(1, 30))
         peer.lookup(hashes_of(2, 10))
-        frame = terminal.read_until(lambda frame: "since start 40" in frame and re.search("write_back +cpu.*engine-7", frame, re.DOTALL))
+        is_whole = re.compile("since start 40.*write_back +cpu.*engine-7", re.DOTALL)
+        frame = terminal.read_until(is_whole.search)
         assert re.search(r"cpu +\S+ +\d+\.\d KiB +1\.0 MiB +30 ", frame), frame
         assert re.search(r"nvme .*4\.0 MiB +30 ", frame), frame
         assert re.search(r"since start 40 +\S+ +75\.0% +cpu 75\.0%  miss 25\.0%", frame), frame

@@ -12,12 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tierd.cli.status import NAMESPACE_CHARACTERS, duration
+from tierd.core.ladder import TIERS
 from tierd.values import rounded_size
 
 Answer = Mapping[str, Any]
 NAMESPACES_SHOWN_MAX, CLIENTS_SHOWN_MAX = 8, 8
-FOUND = ("gpu", "cpu", "nvme")
-"""Where a block that is asked for can be had; the rest of `lookup_blocks` is a miss for now."""
 BAR_WIDTH = 20
 COLOURS = {"gpu": "magenta", "cpu": "green", "nvme": "cyan", "remote": "blue", "pending": "yellow", "miss": "red"}
 
@@ -59,7 +58,7 @@ def lookups(new: Answer, old: Answer) -> Table:
     table = plain("blocks asked", "", "found", "where")
     for name, before in (("now", old), ("since start", None)):
         asked = difference(new["lookup_blocks"], before["lookup_blocks"] if before else {})
-        total, found = sum(asked.values()), sum(asked[tier] for tier in FOUND)
+        total, found = sum(asked.values()), sum(asked[tier] for tier in TIERS)
         where = Text("  ").join(Text(f"{tier} {n / total:.1%}", COLOURS[tier]) for tier, n in asked.items() if n)
         bar = ProgressBar(max(total, 1), found, BAR_WIDTH, complete_style="green", finished_style="green")
         table.add_row(f"{name} {total:,}", bar, f"{found / total:.1%}" if total else "-", where)
@@ -87,7 +86,7 @@ def namespaces(new: Answer, old: Answer) -> Table:
     rows = [(difference(space["lookup_blocks"], before.get(space["id"], {})), space) for space in new["namespaces"]]
     rows.sort(key=lambda row: (-sum(row[0].values()), -row[1]["blocks"]))
     for asked, space in rows[:NAMESPACES_SHOWN_MAX]:
-        total, found = sum(asked.values()), sum(asked[tier] for tier in FOUND)
+        total, found = sum(asked.values()), sum(asked[tier] for tier in TIERS)
         share = f"{found / total:.1%}" if total else "-"
         name = space["id"][:NAMESPACE_CHARACTERS]
         table.add_row(name, space["model"], f"{total:,}", share, f"{space['blocks']:,}", clients(space["sessions"]))
