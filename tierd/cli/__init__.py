@@ -38,6 +38,7 @@ COMMANDS = {
     "doctor": "say what this machine lacks, and what to do about it",
     "replay": "replay a trace through the eviction policies, to choose one",
     "bench": "measure this machine and tierd on it",
+    "bugreport": "gather what somebody needs who is to help, without any names",
     "completion": "print the completion for a shell",
     "version": "print the version",
 }
