@@ -87,9 +87,14 @@ class Admin:
         space = self._find(prefix)
         purging = asyncio.create_task(purge(self._keeper, space, shred))
         self._purging.add(purging)
-        purging.add_done_callback(self._purging.discard)
+        purging.add_done_callback(self._purged)
         done = await asyncio.shield(purging)  # whoever asked may leave: what was begun is finished
         return {"namespace": space.namespace.id, "epoch": space.epoch, "blocks": done.blocks, "segments": done.segments}
+
+    def _purged(self, purging: asyncio.Task[Purged]) -> None:
+        self._purging.discard(purging)
+        if not purging.cancelled():
+            purging.exception()  # the log has it; whoever asked may have left
 
     def _scrubbed(self, action: str) -> dict[str, Any]:
         match action:

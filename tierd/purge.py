@@ -42,6 +42,7 @@ async def purge(keeper: Keeper, space: Space, shred: bool) -> Purged:
     try:
         await asyncio.to_thread(outdate, files, space.epoch)
     except OSError as error:
+        log.error("purge is not safe yet", namespace=space.namespace.id, epoch=space.epoch, reason=error)
         remedy = "it is forgotten in this life, and may be back in the next: see the disk, then purge again"
         raise Busy(f"purge: headers of segment files cannot be written ({error}): {remedy}") from error
     finally:
@@ -52,8 +53,14 @@ async def purge(keeper: Keeper, space: Space, shred: bool) -> Purged:
 
 
 def outdate(files: list[FileSegment], epoch: int) -> None:
-    """Mark all files, and wait until the medium has that. Raises OSError for the first that it does not take."""
+    """Mark all files, and wait until the medium has that. Raises OSError for one that it did not take, when all were tried."""
+    failed: OSError | None = None
     for segment in files:
-        segment.outdate(epoch)
+        try:
+            segment.outdate(epoch)
+        except OSError as error:
+            failed = error
     for folder in {segment.path.parent for segment in files}:
         sync_folder(folder)
+    if failed:
+        raise failed

@@ -20,6 +20,8 @@ from tests.faults.raw import RawClient
 from tierd.block import split
 from tierd.cli.admin import ask
 from tierd.errors import Busy, Gone, Invalid, TierdError
+from tierd.tiers.io.posix import PosixEngine
+from tierd.tiers.nvme import FileSegment
 
 BLOCKS = 8
 CALLS_MIN, CALLS_MAX = 4, 40
@@ -144,6 +146,27 @@ def test_a_store_that_was_begun_before_does_not_end_after(house: House, client: 
     assert (reply["committed"], reply["dropped"]) == (0, BLOCKS)
     assert verify(client, hashes) == (0, 0)
     capacity_is_whole(house)
+
+
+def test_a_purge_that_was_cut_off_is_finished_by_the_next_life(short_path: Path) -> None:
+    """One header of two is of the next epoch: the blocks of both segments are gone, and the log says why."""
+    with House(short_path, held=False, cpu__bytes="16MiB", nvme__bytes="32MiB") as house:
+        client, hashes = greeted(house), chain("cut off", 160)
+        assert store(client, hashes) == 0
+        house.sync()
+        house.crash()
+        paths = sorted(house.state.glob("nvme/*/*.directory"))
+        assert len(paths) == 2
+        segment = FileSegment.open(paths[0], PosixEngine())
+        segment.outdate(2)
+        segment.close()
+        house.start()
+        assert verify(greeted(house), hashes) == (0, 0)
+        assert "its namespace was purged and is at 2" in house.log.read_text()
+        assert not paths[1].exists()
+        client = greeted(house)
+        assert store(client, hashes, flavour=1) == 0 and verify(client, hashes, flavour=1) == (160, 0)
+        assert house.errors() == []
 
 
 def die_at(folder: Path, call: int, how: str, shred: bool) -> bool:

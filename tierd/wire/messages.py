@@ -102,11 +102,6 @@ ADMIN: dict[str, dict[str, Argument]] = {
 }
 
 
-def only_reads(request: Request) -> bool:
-    """Whether a request on the admin socket changes nothing."""
-    return request.verb == "status" or request.get("action") == "status"
-
-
 WELCOME = {
     "version": U32,
     "session": U64,
@@ -167,6 +162,11 @@ def check(message: Mapping[str, Any], verbs: Mapping[str, Mapping[str, Argument]
     milliseconds = envelope["deadline_ms"]
     seconds = None if milliseconds is None else milliseconds / 1000
     return Request(check_values(verb, message, verbs[verb]), verb, envelope["id"], seconds)
+
+
+def only_reads(request: Request) -> bool:
+    """Whether a request on the admin socket changes nothing."""
+    return request.verb == "status" or request.get("action") == "status"
 
 
 def request_id(message: Mapping[str, Any]) -> int:
