@@ -26,8 +26,8 @@ from tierd.tiers.nvme import FileSegment
 BLOCKS = 8
 CALLS_MIN, CALLS_MAX = 4, 40
 """A purge of one segment of memory and one of files makes this many calls that change something."""
-BLOCK_SECONDS = 0.2
-SLOW = [sys.executable, "-m", "tests.faults.slow", str(BLOCK_SECONDS), "serve"]
+WRITE_SECONDS = 2
+SLOW = [sys.executable, "-m", "tests.faults.slow", str(WRITE_SECONDS), "serve"]
 
 
 def purge(house: House, client: RawClient, shred: bool = False) -> dict[str, Any]:

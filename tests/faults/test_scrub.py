@@ -70,7 +70,7 @@ def test_damage_is_found_before_anybody_asks(house: House, client: RawClient) ->
 
 def test_a_pass_keeps_its_rate_and_pauses(short_path: Path) -> None:
     """It takes at least as long as its bytes take at that rate; paused, it reads nothing, and goes on where it was."""
-    rate = 8 * LAYOUT.block_bytes
+    rate = 4 * LAYOUT.block_bytes
     with House(short_path, nvme__scrub_bytes_per_second=str(rate)) as house:
         client = RawClient(house.socket)
         client.hello()
