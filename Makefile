@@ -10,7 +10,7 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-vllm check bench gpu quantisation policies dashboards pictures oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-vllm check bench gpu quantisation policies dashboards manual pictures oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -47,6 +47,9 @@ policies: $(STAMP)  ## every policy on the traces TRACES="file ...": tables and 
 
 dashboards: $(STAMP)  ## dashboards, rules and docs/metrics.md, from the modules of dashboards/
 	$(RUN) dashboards
+
+manual: $(STAMP)  ## docs/cli.md and the man pages, from the commands' own parsers
+	$(RUN) manual
 
 pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
 	$(RUN) tests.ops.pictures

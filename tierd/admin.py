@@ -1,20 +1,23 @@
-"""The admin socket: how the daemon is, and what an operator may ask of it."""
+"""The admin socket: what an operator may ask of the daemon."""
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tierd import __version__, clock
+from tierd import audit, clock
 from tierd.config import Config
 from tierd.core.plan import WRITE_BACK
-from tierd.errors import Invalid
+from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
-from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, slots_by_state
+from tierd.metrics import FAILURES, Metrics
+from tierd.purge import Purged, purge
 from tierd.recorder import Recorder
+from tierd.scrub import Scrub
 from tierd.server import Connection
-from tierd.tiers.io import Io
+from tierd.space import Space
+from tierd.status import Status
 from tierd.wire.messages import Request
 
 GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
@@ -33,15 +36,14 @@ class Admin:
         keeper: Keeper,
         metrics: Metrics,
         recorder: Recorder,
-        io: Io,
-        metrics_address: str,
+        status: Status,
+        scrub: Scrub,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._config, self._keeper, self._metrics, self._recorder, self._io = config, keeper, metrics, recorder, io
-        self._drain, self._reload = drain, reload
-        self._metrics_address = metrics_address
-        self._started = clock.monotonic_seconds()
+        self._config, self._keeper, self._metrics, self._recorder, self._status = config, keeper, metrics, recorder, status
+        self._scrub, self._drain, self._reload = scrub, drain, reload
+        self._purging: set[asyncio.Task[Purged]] = set()
 
     def connected(self, connection: Connection) -> None:
         """Nothing is kept per connection; the server admits only root and the daemon's own user."""
@@ -51,10 +53,21 @@ class Admin:
         self._recorder.end(connection)
 
     def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
-        """Answer status, sync, drain, reload and record."""
+        """Answer a checked request; the audit log has it when it has ended."""
+        try:
+            answer = self._answer(connection, request)
+        except TierdError as error:
+            audit.asked(connection.peer, request, error.code, reason=str(error))
+            raise
+        if not isinstance(answer, dict):
+            return audit.followed(connection.peer, request, answer)
+        audit.asked(connection.peer, request, "done")
+        return answer
+
+    def _answer(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         match request.verb:
             case "status":
-                return self.status()
+                return self._status()
             case "sync":
                 return self._sync(request.deadline_seconds)
             case "drain":
@@ -65,6 +78,10 @@ class Admin:
             case "record":
                 seconds = min(RECORD_SECONDS, self._config.limits.wait_seconds_max / 2)
                 return self._recorder.take(connection, request["namespace"], seconds)
+            case "purge":
+                return self._purge(request["namespace"], request["shred"])
+            case "scrub":
+                return self._scrubbed(request["action"])
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
@@ -74,42 +91,36 @@ class Admin:
         meanwhile = self._metrics.counters() - before
         return {"blocks": meanwhile["written",], "given_up": sum(meanwhile[name] for name in GIVEN_UP)}
 
-    def status(self) -> dict[str, Any]:
-        """Everything a person asks first, as plain values."""
-        counters = self._metrics.counters()
-        spaces = list(self._keeper.spaces.values())
-        tiers = {
-            tier.name: {
-                "used_bytes": tier.budget.used,
-                "limit_bytes": tier.budget.most,
-                "slots": slots_by_state(spaces, at),
-            }
-            for at, tier in enumerate(self._keeper.tiers)
-        }
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_seconds": clock.monotonic_seconds() - self._started,
-            "socket": str(self._config.server.socket),
-            "metrics": self._metrics_address,
-            "io": self._io._asdict(),
-            "tiers": tiers,
-            "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},
-            "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},
-            "checksum_failures": sum(n for name, n in counters.items() if name[:2] == ("failed", "mismatch")),
-            "unwritten_runs": self._keeper.unwritten(),
-            "recording": self._recorder.status(),
-            "sessions": sum(len(space.sessions) for space in spaces),
-            "namespaces": [
-                {
-                    "id": space.namespace.id.hex(),
-                    "domain": space.namespace.domain,
-                    "model": space.namespace.model,
-                    "block_bytes": space.namespace.layout.block_bytes,
-                    "blocks": space.cache.index.blocks,
-                    "sessions": [{"client": s.name, "pid": s.pid} for s in space.sessions.values()],
-                    "slots": {arena.tier.name: arena.pool.counts() for arena in space.arenas},
-                }
-                for space in spaces
-            ],
-        }
+    async def _purge(self, prefix: str, shred: bool) -> dict[str, Any]:
+        space = self._find(prefix)
+        purging = asyncio.create_task(purge(self._keeper, space, shred))
+        self._purging.add(purging)
+        purging.add_done_callback(self._purged)
+        done = await asyncio.shield(purging)  # whoever asked may leave: what was begun is finished
+        return {"namespace": space.namespace.id, "epoch": space.epoch, "blocks": done.blocks, "segments": done.segments}
+
+    def _purged(self, purging: asyncio.Task[Purged]) -> None:
+        self._purging.discard(purging)
+        if not purging.cancelled():
+            purging.exception()  # the log has it; whoever asked may have left
+
+    def _scrubbed(self, action: str) -> dict[str, Any]:
+        match action:
+            case "start":
+                self._scrub.start()
+            case "pause":
+                self._scrub.pause()
+            case "status":
+                pass
+            case _:
+                raise Invalid(f"scrub: {action!r:.64} is not one of start, pause, status")
+        return self._scrub.status()
+
+    def _find(self, prefix: str) -> Space:
+        """The namespace whose id in hex begins so."""
+        found = [space for space in self._keeper.spaces.values() if space.namespace.id.hex().startswith(prefix.lower())]
+        if not found:
+            raise Gone(f"no namespace begins with {prefix!r}: tierd status --json lists them")
+        if len(found) > 1:
+            raise Invalid(f"{len(found)} namespaces begin with {prefix!r}: give more digits")
+        return found[0]

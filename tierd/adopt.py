@@ -103,11 +103,14 @@ def _files(tiers: list[Tier]) -> Iterator[tuple[int, Any, int | None]]:
 
 def _adopt_space(space: Space, segments_by_tier: list[list[Found]], now: int, result: Adopted) -> None:
     tables = []
+    space.epoch = max(segment.header.epoch for segments in segments_by_tier for segment, _ in segments)
     for arena, segments in zip(space.arenas, segments_by_tier, strict=True):
         scans: list[tuple[int, Scan]] = []
         for segment, ordinal in segments:
             if segment.header.geometry != arena.geometry:
                 reason = f"its geometry {segment.header.geometry} is not the configured {arena.geometry}"
+            elif segment.header.epoch < space.epoch:  # a purge had begun, and had not come to it
+                reason = f"it is of epoch {segment.header.epoch}, its namespace was purged and is at {space.epoch}"
             elif not arena.tier.budget.reserve(arena.geometry.total_bytes):
                 reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes"
             else:

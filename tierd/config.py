@@ -105,6 +105,7 @@ class Nvme:
     admission: str = key("everything", one_of("everything", "second-sight", "policy"))
     write_bytes_per_day: int = key("0", size(MIB, 1024 * TIB, zero=True))
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
+    scrub_bytes_per_second: int = key("64MiB", size(64 * KIB, 1024 * GIB), live=True)
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ class Config:
     log: Log
     limits: Limits
     file: Path | None = None
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Where each key that is not left at its default was set, by `section.key`."""
 
     @classmethod
     def load(
@@ -187,7 +190,7 @@ class Config:
         made: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         for dotted, (section, name) in SPLIT.items():
             made[section][name] = values[dotted]
-        return cls(**{name: SECTIONS[name](**keys) for name, keys in made.items()}, file=file)
+        return cls(**{name: SECTIONS[name](**keys) for name, keys in made.items()}, file=file, origins=sources)
 
     def reloaded(self, fresh: Config) -> tuple[Config, list[str], list[str]]:
         """This configuration with what a running daemon can take over from another one, the names of keys that have changed by

@@ -28,11 +28,15 @@ from tierd.keeper import Keeper
 from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
+from tierd.page import page
+from tierd.recent import Recent
 from tierd.recorder import Recorder
 from tierd.reload import Reloader
+from tierd.scrub import Scrub
 from tierd.server import Server
 from tierd.service import Service
 from tierd.space import Space
+from tierd.status import Status
 from tierd.tiers import io
 from tierd.tiers.gds import Measured, measure
 from tierd.tiers.io import cufile
@@ -98,15 +102,19 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
         began = clock.unix_milliseconds() / 1000
         metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
+        recorder = Recorder()
+        status, recent = Status(config, keeper, metrics, recorder, way), Recent(keeper, metrics)
         kept = Kept()
         stack.callback(kept.close)
-        recorder = Recorder()
         service = Service(config, keeper, metrics, kept, recorder, space_of)
 
         def configure(config: Config) -> None:
             service.config = config
+            scrub.bytes_per_second = config.nvme.scrub_bytes_per_second
             log.configure(config.log.level, config.log.format)
 
+        scrub = Scrub(keeper, config.nvme.scrub_bytes_per_second)
+        stack.push_async_callback(scrub.close)
         reloader = Reloader(config, load, configure)
 
         def health() -> tuple[bool, str]:
@@ -114,10 +122,14 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
                 return False, "draining" if stop.is_set() else "starting"
             return True, f"ready\nio {way.engine} {way.path}\ngpu {way.gpu}"
 
-        loopback = Exporter(metrics.registry, health, config.metrics.listen, made=metrics_socket, scraped=metrics.scraped)
+        def html() -> str:
+            return page(status(), list(recent.samples), health()[1].partition("\n")[0])
+
+        loopback = Exporter(metrics.registry, health, html, config.metrics.listen, made=metrics_socket, scraped=metrics.scraped)
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
-        admin = Admin(config, keeper, metrics, recorder, way, exporter.address, stop.set, reloader.reload)
+        status.metrics_address = exporter.address
+        admin = Admin(config, keeper, metrics, recorder, status, scrub, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
@@ -125,7 +137,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         data = Server(server.socket, server.socket_mode, service, config.limits, admin=False, inherited=data_socket)
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
         mode = server.socket_mode
-        local = Exporter(metrics.registry, health, config.metrics.socket, socket_mode=mode, scraped=metrics.scraped)
+        local = Exporter(metrics.registry, health, html, config.metrics.socket, socket_mode=mode, scraped=metrics.scraped)
         await control.start()
         stack.push_async_callback(control.close)
         local.start()
@@ -135,7 +147,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         background = asyncio.create_task(keeper.run())
         feeding = asyncio.create_task(watchdog.feed(keeper.mover))
         watching = asyncio.create_task(lag.watch(metrics.lag))
-        for task in (background, feeding, watching):
+        noting = asyncio.create_task(recent.watch())
+        for task in (background, feeding, watching, noting):
             stack.callback(task.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):

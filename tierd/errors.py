@@ -15,6 +15,10 @@ class Invalid(TierdError):
     code = "invalid"
 
 
+class Denied(Invalid):
+    """The request is not for this peer's user. A client does the same as for Invalid; the daemon's audit log has it."""
+
+
 class Busy(TierdError):
     """Go on without tierd for this request; later may work."""
 

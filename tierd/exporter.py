@@ -1,5 +1,5 @@
 """Metrics and health over HTTP, on loopback or a Unix socket: `/metrics` for Prometheus, `/livez` and `/readyz` for whoever
-starts us.
+starts us, and a page at `/` for a person.
 
 It runs in threads of its own beside the event loop, so a scraper that is slow or mad costs the daemon nothing: at most
 REQUESTS_MAX requests at a time, and none longer than REQUEST_SECONDS_MAX.
@@ -24,6 +24,7 @@ from tierd.clock import monotonic_seconds, thread_seconds
 from tierd.errors import Invalid
 from tierd.listening import listen
 from tierd.log import get_logger
+from tierd.page import HEADERS
 
 REQUESTS_MAX = 8
 REQUEST_SECONDS_MAX = 5.0
@@ -36,15 +37,16 @@ class Exporter:
     """Serves one registry at `listen`: "host:port" (port 0 takes a free one, then see `port`), or the path of a Unix socket,
     which gets `socket_mode`. `made` is the service manager's socket, which must be at that address.
 
-    `ready` is asked at every `/readyz` and answers (ready, reason). It and the registry's collectors are called in the
-    exporter's threads, not in the event loop's: they must not wait, and must not change anything. `scraped` is told the
-    processor time of each scrape, in seconds.
+    `ready` is asked at every `/readyz` and answers (ready, reason); `page` gives the HTML of `/`. They and the registry's
+    collectors are called in the exporter's threads, not in the event loop's: they must not wait, and must not change anything.
+    `scraped` is told the processor time of each scrape, in seconds.
     """
 
     def __init__(
         self,
         registry: CollectorRegistry,
         ready: Callable[[], tuple[bool, str]],
+        page: Callable[[], str],
         listen: str | Path,
         *,
         made: socket.socket | None = None,
@@ -53,7 +55,7 @@ class Exporter:
     ) -> None:
         self.listen, self.made, self._socket_mode = listen, made, socket_mode
         self.port = 0
-        self._application = application(exposition(registry, scraped), ready)
+        self._application = application(exposition(registry, scraped), ready, page)
         self._server: BoundedServer | None = None
         self._thread: Thread | None = None
 
@@ -113,18 +115,22 @@ def exposition(registry: CollectorRegistry, scraped: Callable[[float], None]) ->
     return answer
 
 
-def application(metrics: WSGIApplication, ready: Callable[[], tuple[bool, str]]) -> WSGIApplication:
+def application(metrics: WSGIApplication, ready: Callable[[], tuple[bool, str]], page: Callable[[], str]) -> WSGIApplication:
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         match environ["REQUEST_METHOD"], environ["PATH_INFO"]:
             case "GET", "/metrics":
                 return metrics(environ, start_response)
+            case "GET", "/":
+                html = page().encode()
+                start_response("200 OK", [*HEADERS, ("Content-Length", str(len(html)))])
+                return [html]
             case "GET", "/livez":
                 status, text = "200 OK", "alive"
             case "GET", "/readyz":
                 good, text = ready()
                 status = "200 OK" if good else "503 Service Unavailable"
             case "GET", _:
-                status, text = "404 Not Found", "not found: try /metrics, /livez or /readyz"
+                status, text = "404 Not Found", "not found: try /, /metrics, /livez or /readyz"
             case _:
                 status, text = "405 Method Not Allowed", "only GET"
         body = f"{text}\n".encode()

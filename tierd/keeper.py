@@ -67,6 +67,8 @@ class Keeper:
         self._takers: list[list[Space]] = [[] for _ in tiers]
         """Who waits for the bytes of a segment that is on its way out, by tier and in the order of their coming."""
         self._dying: list[set[asyncio.Task[None]]] = [set() for _ in tiers]
+        self._given_up: list[set[asyncio.Task[None]]] = [set() for _ in tiers]
+        """Segments on their way out for nobody in particular, likewise."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turns = count(1)
         self._closing = False
@@ -152,7 +154,8 @@ class Keeper:
     def _is_moving(self) -> bool:
         """Whether something is under way after which a tier may have room."""
         growing = any(arena.growing for space in self.spaces.values() for arena in space.arenas)
-        return growing or any(self.mover.in_flight.values()) or any(self._handing) or any(self._dying)
+        leaving = any(self._handing) or any(self._dying) or any(self._given_up)
+        return growing or leaving or any(self.mover.in_flight.values())
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
@@ -178,7 +181,10 @@ class Keeper:
         """Make a segment whose bytes are reserved, then go on with what waited for it."""
         ordinal, at, grown = arena.pool.next_ordinal, self.tiers.index(arena.tier), False
         try:
-            segment = await asyncio.to_thread(arena.tier.create, space.namespace, ordinal)
+            segment = await asyncio.to_thread(arena.tier.create, space.namespace, ordinal, epoch := space.epoch)
+            while epoch < space.epoch:  # purged meanwhile: it is empty, and joins the new epoch
+                await asyncio.to_thread(segment.outdate, epoch := space.epoch)
+                segment.directory.epoch = epoch
         except TierdError as error:
             arena.tier.budget.release(arena.geometry.total_bytes)
             if not self._paused_until[at]:
@@ -246,7 +252,8 @@ class Keeper:
                 if arena.growing is None:
                     self._start_handing_over(space, tier)
                 growing = {other.arenas[tier].growing for other in self.spaces.values()}
-                under_way = {task for task in (*growing, self._handing[tier], *self._dying[tier]) if task}
+                leaving = self._dying[tier] | self._given_up[tier]
+                under_way = {task for task in (*growing, self._handing[tier], *leaving) if task}
                 left = deadline - clock.monotonic_seconds()
                 if not under_way:
                     raise Busy(f"every segment of the {name} tier is in use by other namespaces, or its medium is full")
@@ -309,12 +316,14 @@ class Keeper:
         if tier in space.cache.ladder.mapped:
             await until(lambda: self._is_unmapped(space, arena, ordinal))
         segment = arena.remove(ordinal)
+        arena.leaving.add(segment)
         is_gone = await asyncio.to_thread(arena.tier.discard, segment)
         if arena is space.lower:
             self._failures.update(segment.failures)
         if not is_gone:
             log.error("a segment's files stay: their bytes count till the next start", segment=segment.segment_id)
             return
+        arena.leaving.remove(segment)
         arena.tier.budget.release(arena.geometry.total_bytes)
         for taker in self._takers[tier]:  # at once, before who has lost the segment can have its bytes again
             wanting = taker.arenas[tier]
@@ -351,11 +360,15 @@ class Keeper:
         idle = [space for space in self.spaces.values() if not space.sessions]
         if not idle:
             return False
-        space = min(idle, key=lambda one: one.left_at)
-        for tier, arena in enumerate(space.arenas):
-            for ordinal in arena.segments.keys() - arena.pool.closing:
-                self._background(self._kill(space, ordinal, tier))
+        self.give_up(space := min(idle, key=lambda one: one.left_at), space.open_segments())
         return True
+
+    def give_up(self, space: Space, segments: list[tuple[int, int]]) -> None:
+        """Begin to destroy these segments of a space, by tier and ordinal; each goes when nobody uses it any more."""
+        for tier, ordinal in segments:
+            dying = self._background(self._kill(space, ordinal, tier))
+            self._given_up[tier].add(dying)
+            dying.add_done_callback(self._given_up[tier].discard)
 
     def nvme_failures(self) -> Counter[str]:
         """Failed accesses to segment files by reason, those of files that are gone included."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from datetime import UTC, datetime
@@ -11,6 +12,9 @@ from typing import Any, TextIO
 
 PLAIN = re.compile(r"[\w./:@%+,\-]+")
 """Values that need no quotes in text; others are written as JSON strings, so that nothing logged can break a line."""
+
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+"""The journal's, which are syslog's."""
 
 
 class Logger:
@@ -50,8 +54,10 @@ def get_logger(name: str) -> Logger:
 
 def configure(level: str = "info", format: str = "text", stream: TextIO | None = None) -> None:
     """Send tierd's logs to `stream` (default: stderr) and nowhere else; before, the standard library decides."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    formatter = JsonFormatter() if format == "json" else TextFormatter()
+    handler.setFormatter(JournalFormatter(formatter) if is_journal(stream) else formatter)
     root = logging.getLogger("tierd")
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -76,6 +82,30 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             fixed["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fixed | fields_of(record) | fixed, default=as_plain)
+
+
+class JournalFormatter(logging.Formatter):
+    """What another formatter makes of it, each line with its priority as journald takes it (sd-daemon(3)), so that
+    `journalctl -p warning` finds what is at least that. The journal knows the time itself.
+    """
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self._formatter = formatter
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = PRIORITIES[record.levelno]
+        text = self._formatter.format(record).removeprefix(f"{stamp(record)} ")
+        return "\n".join(f"<{priority}>{line}" for line in text.splitlines())
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Whether this stream is the one that systemd has connected to its journal ($JOURNAL_STREAM: device and inode)."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:

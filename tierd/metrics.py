@@ -19,6 +19,7 @@ from tierd import __version__, series
 from tierd.core.ages import BUCKETS, EVERYWHERE, GAP, IDLE, LIVED, SUM
 from tierd.core.ladder import CLOSED, TIERS
 from tierd.core.plan import REASONS, WRITE_BACK
+from tierd.core.scrub import OUTCOMES
 from tierd.keeper import Keeper
 from tierd.series import Series
 from tierd.space import Space
@@ -99,14 +100,14 @@ class Metrics(Collector):
         """What was asked for, what had to go and what failed, in blocks."""
         tiers = [tier.name for tier in self._keeper.tiers]
         failed = [((kind, reason), counters["failed", kind, reason]) for kind in FAILURES for reason in REASONS]
-        wrong = sum(number for (kind, _), number in failed if kind == "mismatch")
         evicted = [((tier, kind), counters["evicted", tier, kind]) for tier in tiers for kind in EVICTIONS]
         yield series.LOOKUP_BLOCKS.of(by("lookup", LOOKUP_TIERS, counters))
         yield series.SAMPLED_BLOCKS.of(by("sampled", ("seen", "new"), counters))
         yield series.SAVED_TOKENS.one(counters["saved", "tokens"])
         yield series.EVICTED_BLOCKS.of(evicted)
         yield series.FAILED_BLOCKS.of(failed)
-        yield series.CHECKSUM_FAILURES.one(wrong)
+        yield series.SCRUBBED_BLOCKS.of(by("scrubbed", OUTCOMES, counters))
+        yield series.CHECKSUM_FAILURES.one(mismatches(counters))
         yield series.TURNS.of(by("turn", TURN_ENDS, counters))
         yield series.EVENTS.of((name, number) for name, number in counters.items() if len(name) == 1)
 
@@ -191,6 +192,11 @@ class Metrics(Collector):
 def by(kind: str, values: Iterable[str], counters: Counts) -> list[series.Sample]:
     """Samples of one kind of counter by its last name."""
     return [((value,), counters[kind, value]) for value in values]
+
+
+def mismatches(counters: Counts) -> int:
+    """Blocks that were read from NVMe and were not what was written."""
+    return counters["scrubbed", "mismatch"] + sum(counters["failed", "mismatch", reason] for reason in REASONS)
 
 
 def slots_by_state(spaces: Iterable[Space], tier: int) -> dict[str, int]:

@@ -131,7 +131,8 @@ CHECKSUM_FAILURES = Series(
     "blocks",
     (),
     "Blocks whose bytes on NVMe were not those that were written.",
-    "Each is a miss, and its slot is not used again. Equals `tierd_transfer_failed_blocks_total` with outcome mismatch.",
+    "Each is a miss, and its slot is not used again. Equals `tierd_transfer_failed_blocks_total` and "
+    "`tierd_scrubbed_blocks_total` with outcome mismatch.",
 )
 FAILED_BLOCKS = Series(
     "tierd_transfer_failed_blocks",
@@ -139,6 +140,14 @@ FAILED_BLOCKS = Series(
     "blocks",
     ("outcome", "reason"),
     "Blocks whose transfer failed; io_error: the medium refused, mismatch: it returned other bytes.",
+)
+SCRUBBED_BLOCKS = Series(
+    "tierd_scrubbed_blocks",
+    COUNTER,
+    "blocks",
+    ("outcome",),
+    "Blocks on NVMe that `tierd scrub` has read; ok: they are what was written; io_error and mismatch as above.",
+    "Grows only while a pass runs, by at most `nvme.scrub_bytes_per_second`.",
 )
 INDEX_BLOCKS = Series(
     "tierd_index_blocks",
@@ -378,6 +387,7 @@ BLOCK_SERIES = (
     LIFETIME,
     CHECKSUM_FAILURES,
     FAILED_BLOCKS,
+    SCRUBBED_BLOCKS,
     INDEX_BLOCKS,
     TURNS,
     EVENTS,

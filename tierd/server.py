@@ -18,7 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from tierd.errors import Busy, Closed, Invalid, TierdError
+from tierd import audit
+from tierd.errors import Busy, Closed, Denied, Invalid, TierdError
 from tierd.listening import BACKLOG, listen, taken_over
 from tierd.log import get_logger
 from tierd.wire.framing import FrameReader, after, decode, frame
@@ -150,11 +151,13 @@ class Server:
                 raise Busy(f"{len(self.connections)} connections are open, the maximum: raise limits.sessions_max")
             peer = peer_of(accepted)
             if self.admin and peer.uid not in (0, os.geteuid()):
-                raise Invalid(f"only root and uid {os.geteuid()} may use the admin socket, not uid {peer.uid}")
+                raise Denied(f"only root and uid {os.geteuid()} may use the admin socket, not uid {peer.uid}")
             connection = Connection(self, next(self._ids), accepted, peer)
             self.handler.connected(connection)
         except Exception as error:
-            if isinstance(error, TierdError):
+            if isinstance(error, Denied) and peer:
+                audit.denied(peer, error)
+            elif isinstance(error, TierdError):
                 log.warning("peer refused", socket=self.path, reason=error)
             else:
                 log.exception("bug: connected", socket=self.path)
@@ -384,6 +387,8 @@ class Connection:
 
     def _fail(self, number: int, error: Exception) -> None:
         self.send(failure(number, known(error)))
+        if isinstance(error, Denied):
+            audit.denied(self.peer, error)
         if not isinstance(error, TierdError):
             log.exception("bug: request", id=self.id, pid=self.peer.pid)
             self.close("internal error")

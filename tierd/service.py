@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tierd import __version__, clock, systemd
 from tierd.config import Config
-from tierd.errors import Busy, Closed, Gone, Invalid, TierdError
+from tierd.errors import Busy, Closed, Denied, Gone, Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.kept import Kept
 from tierd.layout import Layout, Namespace
@@ -145,7 +145,7 @@ class Service:
         if space is None or session is None or session.token != arguments["token"]:
             raise Gone("this session is not known: say hello")
         if connection.peer.pid != session.pid or has_ended(session.pidfd):
-            raise Invalid("resume: a session can be resumed only by the process that opened it")
+            raise Denied("resume: a session can be resumed only by the process that opened it")
         held, writing = _held_slots(session, arguments["held"])
         lease = space.cache.resume(session.id, held, writing)  # refuses what cannot be, before anything has changed
         if session.connection is not None:
@@ -236,7 +236,7 @@ class Service:
         own = self.config.server.domains.get(str(connection.peer.uid), f"uid:{connection.peer.uid}")
         domain = arguments["domain"] or own
         if domain != own and connection.peer.uid != 0:
-            raise Invalid(f"domain {domain!r} is not open to uid {connection.peer.uid}, whose domain is {own!r}")
+            raise Denied(f"domain {domain!r} is not open to uid {connection.peer.uid}, whose domain is {own!r}")
         return Namespace(domain, arguments["model"], layout)
 
     def _welcome(self, session: Attached) -> dict[str, Any]:

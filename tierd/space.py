@@ -20,11 +20,12 @@ from tierd.core.admission import EVERYTHING
 from tierd.core.cache import Cache
 from tierd.core.plan import Transfer
 from tierd.core.pool import Pool
+from tierd.core.purge import purge
 from tierd.errors import Busy
 from tierd.layout import Namespace
 from tierd.log import get_logger
 from tierd.tiers.nvme import FileSegment
-from tierd.tiers.tier import MemorySegment, MemoryTier, Tier
+from tierd.tiers.tier import FIRST_EPOCH, MemorySegment, MemoryTier, Tier
 from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
 
 log = get_logger("space")
@@ -42,6 +43,8 @@ class Arena:
         self.geometry = tier.geometry(namespace)
         self.pool = Pool(self.geometry.slot_count)
         self.segments: dict[int, Any] = {}
+        self.leaving: set[Any] = set()
+        """Segments that are out of the pool, and whose medium does not have its bytes again yet."""
         self.growing: asyncio.Task[bool] | None = None
 
     def add(self, segment: MemorySegment | FileSegment, now: int, ordinal: int | None = None) -> int:
@@ -127,6 +130,8 @@ class Space:
         self.sessions: dict[int, Attached] = {}
         self.left_at = 0.0
         """When a session of it ended last (monotonic seconds); 0: none has in this life of the daemon."""
+        self.epoch = FIRST_EPOCH
+        """Grows with each purge; what a segment's directory has of an older one is stale."""
         self.turn = 0
         """When its last write-back ended, as a number that grows over all spaces."""
         self._done: dict[int, asyncio.Event] = {}
@@ -193,6 +198,20 @@ class Space:
         self.cache.finish(transfer, outcome, now)
         if event := self._done.pop(transfer.id, None):
             event.set()
+
+    def open_segments(self) -> list[tuple[int, int]]:
+        """Tier and ordinal of each segment that is not on its way out."""
+        return [(tier, at) for tier, arena in enumerate(self.arenas) for at in arena.segments.keys() - arena.pool.closing]
+
+    def purge(self) -> int:
+        """Forget every block and begin a new epoch; returns how many there were."""
+        self.epoch += 1
+        return purge(self.cache)
+
+    @property
+    def dying(self) -> int:
+        """Segments that are on their way out."""
+        return sum(len(arena.pool.closing) + len(arena.leaving) for arena in self.arenas)
 
     def coldest(self, tier: int) -> int:
         """Last use (Unix milliseconds) of this space's coldest block in a tier."""

@@ -1,6 +1,7 @@
 """Values of settings: each parser takes what TOML, an environment variable or a flag gave and returns the value.
 
-A parser raises ValueError with what the value must be; the caller adds where it came from.
+A parser raises ValueError with what the value must be; the caller adds where it came from. SCHEMAS says the same as JSON
+Schema for editors, as far as that can say it.
 """
 
 from __future__ import annotations
@@ -10,15 +11,32 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from re import fullmatch
-from typing import Any
+from typing import Any, TypeVar
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 UNITS = {"TiB": TIB, "GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1, "": 1}
+Parser = Callable[[Any], Any]
+P = TypeVar("P", bound=Parser)
+SCHEMAS: dict[Parser, dict[str, Any]] = {}
+"""By parser: what a value in a file may be."""
+
+
+def described(**schema: Any) -> Callable[[P], P]:
+    """Enter a parser's schema."""
+
+    def enter(parse: P) -> P:
+        SCHEMAS[parse] = schema
+        return parse
+
+    return enter
 
 
 def size(low: int, high: int, step: int = 1, zero: bool = False) -> Callable[[Any], int]:
     """Bytes: an integer, or a string such as "512MiB"."""
+    number_of_bytes = {"type": "integer", "minimum": 0 if zero else low, "maximum": high}
+    text_with_unit = {"type": "string", "pattern": "^[0-9]{1,20} ?([KMGT]iB|B|)$"}
 
+    @described(anyOf=[number_of_bytes, text_with_unit])
     def parse(value: Any) -> int:
         match = fullmatch(r"([0-9]{1,20}) ?([KMGT]iB|B|)", str(value))
         if isinstance(value, bool) or not match:
@@ -45,6 +63,7 @@ def rounded_size(number: int) -> str:
 
 
 def count(low: int, high: int) -> Callable[[Any], int]:
+    @described(type="integer", minimum=low, maximum=high)
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not fullmatch(r"[0-9]{1,12}", str(value)) or not low <= int(value) <= high:
             raise ValueError(f"must be an integer from {low} to {high}")
@@ -54,6 +73,7 @@ def count(low: int, high: int) -> Callable[[Any], int]:
 
 
 def decimal(low: float, high: float) -> Callable[[Any], float]:
+    @described(type="number", minimum=low, maximum=high)
     def parse(value: Any) -> float:
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
@@ -67,6 +87,7 @@ def decimal(low: float, high: float) -> Callable[[Any], float]:
 
 
 def one_of(*choices: str) -> Callable[[Any], str]:
+    @described(enum=list(choices))
     def parse(value: Any) -> str:
         if value not in choices:
             raise ValueError(f"must be {' or '.join(repr(choice) for choice in choices)}")
@@ -75,12 +96,14 @@ def one_of(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
+@described(type="string", pattern="^(cpu|cuda:(0|[1-9][0-9]{0,2}))$")
 def device(value: Any) -> str:
     if not fullmatch(r"cpu|cuda:(0|[1-9][0-9]{0,2})", str(value)):
         raise ValueError("must be 'cpu' or a GPU by its number, such as 'cuda:0'")
     return str(value)
 
 
+@described(type="boolean")
 def boolean(value: Any) -> bool:
     text = str(value).lower() if isinstance(value, bool | str) else ""
     if text not in ("true", "false"):
@@ -88,18 +111,21 @@ def boolean(value: Any) -> bool:
     return text == "true"
 
 
+@described(type="string", pattern="^/")
 def path(value: Any) -> Path:
     if not isinstance(value, str | Path) or not os.path.isabs(value) or "\0" in str(value):
         raise ValueError("must be an absolute path")
     return Path(value)
 
 
+@described(type="string", pattern="^0?[67][0-7][0-7]$")
 def file_mode(value: Any) -> int:
     if not isinstance(value, str) or not fullmatch("0?[67][0-7][0-7]", value):
         raise ValueError("must be a string of octal digits that lets the owner read and write, such as '0660'")
     return int(value, 8)
 
 
+@described(type="string", pattern=r"^$|^(localhost|127(\.[0-9]{1,3}){3}|\[?[0-9a-fA-F:]+\]?):[0-9]{1,5}$")
 def loopback(value: Any) -> str:
     """`host:port` on this machine only: the metrics are not protected by anything else."""
     host, _, port = str(value).rpartition(":")
@@ -112,6 +138,7 @@ def loopback(value: Any) -> str:
     return str(value)
 
 
+@described(type="object", additionalProperties={"type": "string", "minLength": 1})
 def domains(value: Any) -> dict[str, str]:
     """uid -> domain, as a TOML table or as text `1000=team-a,1001=team-a`."""
     if isinstance(value, str):

@@ -81,6 +81,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "drain": {},
     "reload": {},
     "record": {"namespace": b"n" * 8},
+    "purge": {"namespace": "0123abcd", "shred": True},
+    "scrub": {"action": "start"},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,

@@ -107,5 +107,6 @@ def test_one_recording_at_a_time_and_no_file_is_lost(daemon: Daemon, tmp_path: P
     file.write_text("precious")
     done = daemon.run("record", str(file), "--seconds", "0")
     assert done.returncode == 2 and "File exists" in done.stderr and file.read_text() == "precious"
-    assert daemon.run("record", str(other), "--seconds", "0").returncode == 0
+    done = daemon.run("record", str(other), "--seconds", "0", "--json")
+    assert (done.returncode, json.loads(done.stdout)["requests"]) == (0, 0)
     assert daemon.run("record", str(other), "--namespace", "xyz").returncode == 2

@@ -18,6 +18,7 @@ from tierd.config import KEYS
 
 LIVE = {
     "server.domains",
+    "nvme.scrub_bytes_per_second",
     "log.level",
     "log.format",
     "limits.sessions_per_namespace_max",

@@ -1,7 +1,8 @@
 """`tierd`, but its Nth write to a file is its last: a process that kills itself at a chosen call, without any tracer.
 
 `python -m tests.faults.deadly MARKER N HOW serve ...` dies at write call N, before it ("before") or after half of its
-bytes ("half"). It leaves MARKER behind, and a life that finds it is an ordinary one.
+bytes ("half"). It leaves MARKER behind, and a life that finds it is an ordinary one. While MARKER.wait exists, no call
+is counted.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any
 
 from tierd.cli import main
 
-CALLS = ("pwrite", "pwritev", "posix_fallocate", "rename")
+CALLS = ("pwrite", "pwritev", "posix_fallocate", "rename", "fsync", "unlink")
 
 
 def arm(marker: Path, fatal: int, half: bool) -> None:
     """Count every call that changes a file; the process ends at the fatal one."""
-    numbers = count(1)
+    numbers, waiting = count(1), marker.with_suffix(".wait")
 
     def armed(name: str, call: Any) -> Any:
         def counted(*arguments: Any) -> Any:
-            if next(numbers) == fatal:
+            if not waiting.exists() and next(numbers) == fatal:
                 if half:
                     write_half(name, call, arguments)
                 marker.touch()

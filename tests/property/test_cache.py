@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.sim.clients import Client, chain
+from tests.sim.forget import forget_all
 from tests.sim.pages import PagedWorld
 from tierd.block import ROOT
 from tierd.core.admission import ADMISSIONS
@@ -208,6 +209,13 @@ class CacheMachine(RuleBasedStateMachine):
         open_ones = sorted(self.world.segments[tier].keys() - self.world.cache.pools[tier].closing)
         if len(open_ones) > 1:
             self.world.vacate(tier, open_ones[pick % len(open_ones)])
+
+    @rule()
+    def purge(self) -> None:
+        """Everything is to be forgotten, whoever uses it."""
+        forget_all(self.world)
+        for tier in range(self.world.tiers):
+            self.world.add_segment(tier)
 
     @rule(tier=st.integers(0, 2))
     def collect_and_grow(self, tier: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 
 from tests.sim.clients import Client, Place, chain
+from tests.sim.forget import forget_all
 from tests.sim.pages import Naming, PagedWorld
 from tierd.block import ROOT
 from tierd.core.admission import ADMISSIONS
@@ -46,6 +47,7 @@ class Scenario:
             **{self._generate: 10, self._reserve: 4, self._commit_pages: 8, self._release_pages: 6},
             **{self._open: 2, self._kill: 1, self._resume: 4, self._restart: choice((0, 0.3, 1))},
             **{self._write_back: choice((4, 20, 40)), self._finish: choice((6, 25, 60))},
+            self._purge: 0 if self.mild else choice((0, 0, 0.3)),
             **{self._vacate: 0 if self.mild else choice((0, 1, 6)), self._collect: 4, self._grow: choice((0.3, 3))},
         }
 
@@ -267,6 +269,11 @@ class Scenario:
         open_ones = self.world.segments[tier].keys() - self.world.cache.pools[tier].closing
         if len(open_ones) > 1:
             self.world.vacate(tier, self.dice.choice(sorted(open_ones)))
+
+    def _purge(self) -> None:
+        forget_all(self.world)
+        for tier in range(self.world.tiers):
+            self.world.add_segment(tier)
 
     def _collect(self) -> None:
         self.world.collect()

@@ -27,6 +27,11 @@ class State:
         return self.ready
 
 
+def greeting() -> str:
+    """What a person sees in a browser."""
+    return "<h1>hello</h1>"
+
+
 @pytest.fixture
 def state() -> State:
     """A daemon that is ready."""
@@ -38,7 +43,7 @@ def served(state: State) -> Iterator[Exporter]:
     """A running exporter with one counter at 3."""
     registry = CollectorRegistry()
     Counter("tierd_example_blocks", "An example.", registry=registry).inc(3)
-    with_port = Exporter(registry, state, "127.0.0.1:0")
+    with_port = Exporter(registry, state, greeting, "127.0.0.1:0")
     with_port.start()
     yield with_port
     with_port.close()
@@ -85,7 +90,7 @@ def test_a_scraper_that_takes_other_formats_gets_plain_text_too(served: Exporter
 def test_a_unix_socket_is_served_replaced_when_dead_and_left_to_who_lives(tmp_path: Path) -> None:
     """It has the mode that it was given; a second daemon is told the key to change; what a dead one left is replaced."""
     path = tmp_path / "metrics.sock"
-    first, second = (Exporter(CollectorRegistry(), State(), path, socket_mode=0o600) for _ in range(2))
+    first, second = (Exporter(CollectorRegistry(), State(), greeting, path, socket_mode=0o600) for _ in range(2))
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     first.start()
@@ -114,7 +119,7 @@ def test_health_follows_the_daemon(served: Exporter, state: State) -> None:
 
 def test_other_paths_and_methods_are_refused(served: Exporter) -> None:
     """There is nothing else to see, and nothing to change."""
-    assert get(served.port, "/")[0] == 404
+    assert get(served.port, "/page")[0] == 404
     assert get(served.port, "/metrics/../secret")[0] == 404
     assert get(served.port, "/metrics", "POST")[0] == 405
 
@@ -133,7 +138,7 @@ def test_a_failing_collector_is_an_error_of_that_request_only() -> None:
 
     registry = CollectorRegistry()
     registry.register(Broken())
-    broken = Exporter(registry, State(), "127.0.0.1:0")
+    broken = Exporter(registry, State(), greeting, "127.0.0.1:0")
     broken.start()
     try:
         assert get(broken.port, "/metrics")[0] == 500
@@ -144,7 +149,7 @@ def test_a_failing_collector_is_an_error_of_that_request_only() -> None:
 
 def test_a_port_in_use_is_refused_with_the_remedy(served: Exporter) -> None:
     """The second daemon on a port says which key to change."""
-    second = Exporter(CollectorRegistry(), State(), f"127.0.0.1:{served.port}")
+    second = Exporter(CollectorRegistry(), State(), greeting, f"127.0.0.1:{served.port}")
     with pytest.raises(Invalid, match=rf"metrics\.listen = 127\.0\.0\.1:{served.port} cannot be bound .*another port"):
         second.start()
     second.close()
@@ -152,7 +157,7 @@ def test_a_port_in_use_is_refused_with_the_remedy(served: Exporter) -> None:
 
 def test_ipv6_loopback_works() -> None:
     """`[::1]:0` is as good as 127.0.0.1."""
-    six = Exporter(CollectorRegistry(), State(), "[::1]:0")
+    six = Exporter(CollectorRegistry(), State(), greeting, "[::1]:0")
     try:
         six.start()
     except Invalid as error:
@@ -183,7 +188,7 @@ def test_closing_ends_connections_and_frees_the_port(served: Exporter) -> None:
         assert get(served.port, "/livez")[0] == 200
         served.close()
         assert half.recv(1) == b""
-    again = Exporter(CollectorRegistry(), State(), f"127.0.0.1:{served.port}")
+    again = Exporter(CollectorRegistry(), State(), greeting, f"127.0.0.1:{served.port}")
     again.start()
     again.close()
 
@@ -194,7 +199,7 @@ def test_a_socket_of_the_service_manager_is_served_and_stays_open(state: State) 
         port = managers.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), timeout=5) as early:
             early.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
-            mine = Exporter(CollectorRegistry(), state, f"127.0.0.1:{port}", made=managers.dup())
+            mine = Exporter(CollectorRegistry(), state, greeting, f"127.0.0.1:{port}", made=managers.dup())
             mine.start()
             assert early.recv(100).startswith(b"HTTP/1.0 200 OK")
         mine.close()
@@ -207,4 +212,17 @@ def test_a_socket_elsewhere_than_configured_is_refused(listen: str, state: State
     with socket.create_server(("127.0.0.1", 0)) as managers:
         port = managers.getsockname()[1]
         with pytest.raises(Invalid, match=f"listens on 127.0.0.1:{port}, metrics.listen = '{listen}': make ListenStream="):
-            Exporter(CollectorRegistry(), state, listen, made=managers).start()
+            Exporter(CollectorRegistry(), state, greeting, listen, made=managers).start()
+
+
+def test_a_person_gets_a_page_that_may_load_and_run_nothing(served: Exporter) -> None:
+    """HTML at `/`, with a policy that forbids a browser everything but its style; no browser keeps it."""
+    connection = HTTPConnection("127.0.0.1", served.port, timeout=5)
+    connection.request("GET", "/")
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (200, b"<h1>hello</h1>")
+    assert response.getheader("Content-Type") == "text/html; charset=utf-8"
+    assert "default-src 'none'" in str(response.getheader("Content-Security-Policy"))
+    assert response.getheader("Cache-Control") == "no-store"
+    connection.close()
+    assert get(served.port, "/", "POST")[0] == 405

@@ -15,7 +15,7 @@ import pytest
 
 from tierd.cli.hold import Store
 
-HOLD = [sys.executable, "-c", "import sys; from tierd.cli.hold import main; sys.exit(main(sys.argv[1:]))"]
+HOLD = [sys.executable, "-m", "tierd", "hold"]
 PROLOGUE = """
 import os, signal, sys
 from pathlib import Path

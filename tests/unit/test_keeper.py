@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from threading import Event
 
 import pytest
@@ -12,8 +13,10 @@ from tierd.block import ROOT, chain
 from tierd.errors import Busy
 from tierd.keeper import Keeper
 from tierd.layout import Layout, Namespace
+from tierd.purge import purge
 from tierd.space import Space
 from tierd.tiers.host import HostSegment
+from tierd.tiers.segment import HEADER_BYTES, Header
 from tierd.tiers.tier import MemoryTier, Tier
 
 LAYOUT = Layout(layers=1, kv_heads=1, head_dim=64, dtype="float16")
@@ -29,11 +32,11 @@ class FaultyTier(MemoryTier):
         self.may_go_on = Event()
         self.may_go_on.set()
 
-    def create(self, namespace: Namespace, ordinal: int) -> HostSegment:
+    def create(self, namespace: Namespace, ordinal: int, epoch: int) -> HostSegment:
         self.may_go_on.wait(20)
         if self.is_full:
             raise Busy("the machine has no memory left")
-        return super().create(namespace, ordinal)
+        return super().create(namespace, ordinal, epoch)
 
 
 def space_of(keeper: Keeper, model: str) -> Space:
@@ -143,3 +146,25 @@ def test_commits_while_a_slow_medium_grows_do_not_pile_up() -> None:
         await keeper.close()
 
     asyncio.run(story())
+
+
+def test_a_segment_that_is_being_made_while_its_namespace_is_purged_belongs_to_the_new_epoch() -> None:
+    """What is stored in it afterwards is not taken for something that was purged, by a later life either."""
+
+    async def scenario() -> None:
+        tier = FaultyTier(2)
+        keeper = Keeper([tier], io_threads=1)
+        space = space_of(keeper, "a")
+        arena = space.arenas[0]
+        tier.may_go_on.clear()
+        growing = asyncio.create_task(keeper.grow(space, arena))
+        await asyncio.sleep(0)
+        assert (await purge(keeper, space, shred=False)).segments == 0
+        tier.may_go_on.set()
+        assert await growing
+        (segment,) = arena.segments.values()
+        on_medium = Header.unpack(os.pread(segment.directory_fd, HEADER_BYTES, 0))
+        assert on_medium.epoch == segment.directory.epoch == space.epoch == 2
+        await keeper.close()
+
+    asyncio.run(scenario())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,3 +63,25 @@ def test_below_the_level_nothing_is_written() -> None:
     log.get_logger("core").info("event")
     log.get_logger("core").debug("event")
     assert stream.getvalue() == ""
+
+
+def test_the_journal_gets_a_priority_a_line_and_no_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is each line of a traceback found by `journalctl -p err`; a file that is not the journal stays as it is."""
+    with open(tmp_path / "stderr", "w+") as stream:
+        found = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        log.configure("debug", "text", stream)
+        log.get_logger("audit").warning("denied", uid=7)
+        try:
+            raise ZeroDivisionError("seven")
+        except ZeroDivisionError:
+            log.get_logger("core").exception("bug")
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino + 1}")
+        log.configure("debug", "text", stream)
+        log.get_logger("core").info("elsewhere")
+        stream.seek(0)
+        first, *traceback, last = stream.read().splitlines()
+    assert first == "<4>warning audit: denied uid=7"
+    assert traceback[0] == "<3>error core: bug" and traceback[-1] == "<3>ZeroDivisionError: seven"
+    assert all(line.startswith("<3>") for line in traceback)
+    assert last.endswith("Z info core: elsewhere")

@@ -1,8 +1,4 @@
-"""The command `tierd`. Each subcommand is a module of this package and is imported only when it is asked for.
-
-Exit codes: 0 done; 1 it failed; 2 the command line or the configuration is wrong; 3 the daemon cannot be reached;
-130 interrupted.
-"""
+"""The command `tierd`. Each subcommand is a module of this package and is imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -11,23 +7,40 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from tierd import __version__
 from tierd.errors import Closed, Invalid, TierdError
 
-OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, UNREACHABLE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_CODES = {
+    OK: "done",
+    FAILED: "it failed, or what was asked for is not there; stderr says why and what to do",
+    USAGE: "the command line or the configuration is wrong, or `--yes` is missing",
+    UNREACHABLE: "the daemon cannot be reached",
+    DAMAGED: "damage was found (fsck, scrub)",
+    INTERRUPTED: "interrupted",
+}
 
 COMMANDS = {
     "serve": "run the daemon",
     "status": "show what a running daemon holds",
+    "top": "watch a running daemon: tiers, hits, transfers, clients, the busiest namespaces",
+    "config": "check the configuration, show it with where each value is from, or print its schema",
     "reload": "have a running daemon read its configuration again",
     "install-service": "write the systemd units for this environment, or remove them again",
+    "purge": "forget all that a namespace has stored",
     "sync": "wait until everything admitted so far is on NVMe",
+    "drain": "write everything to NVMe, then stop the daemon",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",
+    "fsck": "check the state directory of a stopped daemon, and repair it if asked to",
+    "scrub": "read what is on NVMe in the background, and give up what is damaged",
     "doctor": "say what this machine lacks, and what to do about it",
     "record": "record what engines ask of a running daemon, as a trace to replay",
     "replay": "replay a trace through the eviction policies, to choose one",
     "bench": "measure this machine and tierd on it",
+    "bugreport": "gather what somebody needs who is to help, without any names",
+    "completion": "print the completion for a shell",
     "version": "print the version",
 }
 
@@ -54,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def choose(given: list[str]) -> str:
     """The command's name; prints help or usage and exits when there is none."""
     commands = "\n".join(f"  {name:15} {text}" for name, text in COMMANDS.items())
-    codes = "exit codes: 0 done, 1 failed, 2 usage or configuration, 3 daemon not reachable, 130 interrupted"
+    codes = "exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog="tierd",
         usage="tierd COMMAND [ARGUMENTS]",
@@ -68,9 +81,17 @@ def choose(given: list[str]) -> str:
 
 
 def run(name: str, rest: list[str]) -> int:
-    command = import_module(f"tierd.cli.{name.replace('-', '_')}")
-    if name == "hold":  # What follows `--` is another command's line: not ours to parse.
-        return int(command.main(rest))
-    parser = argparse.ArgumentParser(prog=f"tierd {name}", description=command.__doc__, allow_abbrev=False)
-    command.add_arguments(parser)
-    return int(command.run(parser.parse_args(rest)))
+    return int(command(name).run(parser_of(name).parse_args(rest)))
+
+
+def command(name: str) -> Any:
+    """The module of a command: it has `add_arguments` and `run`, and its docstring is its help."""
+    return import_module(f"tierd.cli.{name.replace('-', '_')}")
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of one command's arguments."""
+    module = command(name)
+    parser = argparse.ArgumentParser(prog=f"tierd {name}", description=module.__doc__, allow_abbrev=False)
+    module.add_arguments(parser)
+    return parser

@@ -8,7 +8,6 @@ The command is started again when it died by a signal or with an exit code other
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import fcntl
 import os
@@ -18,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -37,14 +37,16 @@ _CREDENTIALS = struct.Struct("3i")
 _DESCRIPTORS_SPARE = 64
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code of the command's last life (128 + n when signal n ended it)."""
-    parser = argparse.ArgumentParser(prog="tierd hold", description="Keep COMMAND's descriptors while it is restarted.")
+def add_arguments(parser: ArgumentParser) -> None:
+    """How often and how much; what follows `--` is another command's line."""
     parser.add_argument("--restarts-max", type=int, default=20, metavar="N", help="restarts a minute (default 20)")
     parser.add_argument("--descriptors-max", type=int, default=4096, metavar="N", help="descriptors kept (default 4096)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
-    arguments = parser.parse_args(argv)
-    return Holder(arguments.command, arguments.restarts_max, arguments.descriptors_max).run()
+
+
+def run(options: Namespace) -> int:
+    """Run the command; returns the exit code of its last life (128 + n when signal n ended it)."""
+    return Holder(options.command, options.restarts_max, options.descriptors_max).run()
 
 
 class Store:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from tierd.config import FLAGS, Config
@@ -36,3 +36,11 @@ def load_config(options: Namespace) -> Config:
         if value is not None:
             flags[flag] = value
     return Config.load(flags, file=options.config)
+
+
+def seconds(text: str) -> float:
+    """A patience of up to a day, from the command line."""
+    number = float(text)
+    if not 0 < number <= 86_400:
+        raise ArgumentTypeError(f"{text} is not from 0 to 86400 seconds")
+    return number

@@ -6,6 +6,7 @@ The trace has times, lengths, keyed hashes of blocks and why turns ended: nothin
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from tierd.cli.admin import AdminSocket
 from tierd.cli.options import add_config_arguments, load_config
@@ -34,6 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("trace", type=Path, metavar="FILE", help="the trace, a new file; compressed if it ends in .gz")
     parser.add_argument("--namespace", default="", metavar="HEX", help="as `tierd status` shows it (default: the first used)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="how long (default: until Ctrl-C)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_arguments(parser, "--runtime-dir")
 
 
@@ -46,7 +48,7 @@ def run(options: Namespace) -> int:
         try:
             recording.follow(stop, monotonic_seconds() + options.seconds)
         finally:
-            print(recording.summary())
+            print(json.dumps(recording.outcome()) if options.json else recording.summary())
     return 0
 
 
@@ -86,8 +88,20 @@ class Recording:
             else:
                 self._writer.ended(hashes, turn, conversation)
 
+    def outcome(self) -> dict[str, Any]:
+        """What is in the file, and what is not, as numbers."""
+        reply, writer = self._reply, self._writer
+        return {
+            "namespace": reply["namespace"].hex(),
+            "requests": writer.requests if writer else 0,
+            "blocks": writer.blocks if writer else 0,
+            "block_tokens": reply["block_tokens"],
+            "missed": reply["missed"],
+            "elsewhere": reply["elsewhere"],
+        }
+
     def summary(self) -> str:
-        """What is in the file, and what is not."""
+        """The same for people."""
         reply, lines = self._reply, ["nothing was asked for"]
         if (writer := self._writer) and writer.requests:
             name = reply["namespace"].hex()[:NAMESPACE_CHARACTERS]

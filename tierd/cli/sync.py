@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
 
 from tierd.cli.admin import ask
-from tierd.cli.options import add_config_arguments, load_config
+from tierd.cli.options import add_config_arguments, load_config, seconds
 from tierd.clock import monotonic_seconds
 from tierd.errors import Busy
 
@@ -19,29 +22,32 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Which daemon, and how long to wait for it."""
     add_config_arguments(parser, "--runtime-dir")
     parser.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="default: 60")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: Namespace) -> int:
-    """Ask again while the daemon is busy and there is time: one request waits no longer than the daemon's own limit."""
-    path = load_config(options).server.admin_socket
-    until = monotonic_seconds() + options.timeout
+    """Wait, and say what was written meanwhile."""
+    reply = sync(load_config(options).server.admin_socket, options.timeout)
+    if options.json:
+        print(json.dumps(reply))
+    else:
+        note = f", {reply['given_up']} given up: no room, or the disk failed" if reply["given_up"] else ""
+        print(f"synced: {reply['blocks']} blocks written meanwhile{note}")
+    return 0
+
+
+def sync(path: Path, seconds_max: float) -> dict[str, Any]:
+    """Ask again while the daemon is busy and there is time: one request waits no longer than the daemon's own limit. Returns
+    how many blocks were written, and how many were given up; raises Busy when it takes longer.
+    """
+    until = monotonic_seconds() + seconds_max
     while True:
         remaining = max(until - monotonic_seconds(), 0.001)
         try:
             reply = ask(path, "sync", remaining + ANSWER_SECONDS, deadline_ms=max(int(remaining * 1000), 1))
         except Busy as error:
             if monotonic_seconds() + PAUSE_SECONDS >= until:
-                raise Busy(f"not everything was on NVMe after {options.timeout:g} s: {error}") from error
+                raise Busy(f"not everything was on NVMe after {seconds_max:g} s: {error}") from error
             time.sleep(PAUSE_SECONDS)
         else:
-            given_up = reply.get("given_up", 0)
-            note = f", {given_up} given up: no room, or the disk failed" if given_up else ""
-            print(f"synced: {reply.get('blocks', 0)} blocks written meanwhile{note}")
-            return 0
-
-
-def seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 86_400:
-        raise ArgumentTypeError(f"{text} is not from 0 to 86400 seconds")
-    return number
+            return {"blocks": reply.get("blocks", 0), "given_up": reply.get("given_up", 0)}

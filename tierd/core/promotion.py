@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
+from tierd.core.distrust import distrust
 from tierd.core.index import Index
 from tierd.core.ladder import Ladder
 from tierd.core.plan import Lease, Slots, Transfer, leading, pick
@@ -101,14 +102,7 @@ class Promotion:
     def distrust(self, transfer: Transfer, bad: NDArray[np.bool_]) -> None:
         """What could not be read as it was written is not there any more; its slots are not used again in this life."""
         source, slots = self._ladder.place(transfer.source), transfer.source_slots[bad]
-        trimmed = []
-        for _, piece in self._index.runs(transfer.hashes):
-            offsets = np.flatnonzero(np.isin(piece.node.slots[source], slots))
-            if len(offsets):
-                self._index.clear(source, piece.node, offsets)
-                trimmed.append(piece.node)
-        self._pools[source].quarantine(slots)
-        self._index.trim(trimmed)
+        distrust(self._index, source, self._pools[source], transfer.hashes, slots)
         for lease, blocks in transfer.waiting.items():
             lost = blocks[bad & (blocks >= 0)]
             lost = lost[np.isin(lease.slots[source, lost], slots)]

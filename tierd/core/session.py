@@ -72,7 +72,7 @@ class Session:
         done = slots[counts == 0] if counts.any() else slots
         self.pool.unhold(done, self.bit)
 
-    def let_go(self, lease: Lease, part: slice) -> None:
+    def let_go(self, lease: Lease, part: slice | NDArray[np.bool_]) -> None:
         """Hold some blocks of a reading lease no longer."""
         here, told = lease.here[part], lease.told[part]
         if told.all():

@@ -132,6 +132,12 @@ class WriteBack:
                     assert node.parent is not None
                     self.push(target - 1, node.parent.last_hash, node.hashes)
 
+    def forget(self) -> None:
+        """Write nothing of what waits."""
+        for queue in self.queues.values():
+            queue.runs.clear()
+            queue.blocks = 0
+
     def plan(self, target: int, blocks_max: int) -> bool:
         """Plan one transfer of at most `blocks_max` blocks to a tier; False when nothing can be planned now.
 

@@ -1,4 +1,4 @@
-"""A bar on stderr for a person who waits; for anybody else, and without the package rich, nothing."""
+"""A bar on stderr for a person who waits; for anybody else nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import Progress as Bar
-            except ImportError:
-                return self
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
             self._bar = self._stack.enter_context(Bar(console=Console(stderr=True), transient=True))
             self._task = self._bar.add_task("", total=None)
         return self

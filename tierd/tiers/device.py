@@ -7,8 +7,11 @@ descriptors, a later daemon imports the allocation again; where the driver refus
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from math import gcd
+
+import numpy as np
 
 from tierd.cuda import Device, DeviceArray
 from tierd.errors import Busy, Invalid
@@ -34,6 +37,8 @@ class DeviceSegment:
         self.directory_fd, self.slots_fd = directory_fd, slots_fd
         self.kept_as = ""
         """The name under which a service manager keeps its descriptors, if it does."""
+        self.shred = False
+        """Whether its bytes are to be overwritten before they are given back."""
         self.directory = Directory(shared_array(directory_fd, shape.directory_bytes).data, header)
         address = device.reserve(shape.slots_bytes)
         with ExitStack() as undo:
@@ -106,6 +111,15 @@ class DeviceSegment:
     def readonly_directory_fd(self) -> int:
         """A new descriptor of the directory that cannot be used to write; the caller closes it."""
         return open_readonly(self.directory_fd)
+
+    def outdate(self, epoch: int) -> None:
+        """Make all that it has stale to the next life; this one must have taken it out of the index."""
+        os.pwrite(self.directory_fd, self.header.outdated(epoch), 0)
+
+    def wipe(self) -> None:
+        """Overwrite all blocks and their names."""
+        self.device.clear(self.slots.address, self.header.geometry.slots_bytes)
+        self.directory.identity.view(np.uint8)[:] = 0
 
     def close(self) -> None:
         """Give up descriptors and mappings. The memory is free when nobody else maps or keeps it."""

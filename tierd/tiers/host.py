@@ -39,6 +39,8 @@ class HostSegment:
         self.directory_fd, self.slots_fd, self.page_kind = directory_fd, slots_fd, page_kind
         self.kept_as = ""
         """The name under which a service manager keeps its descriptors, if it does."""
+        self.shred = False
+        """Whether its bytes are to be overwritten before they are given back."""
         self.directory = Directory(shared_array(directory_fd, shape.directory_bytes).data, header)
         mapping = shared_array(slots_fd, shape.slots_bytes)
         self.slots: NDArray[np.uint8] = mapping[: shape.slot_count * shape.slot_bytes].reshape(shape.slot_count, -1)
@@ -111,6 +113,15 @@ class HostSegment:
     def readonly_directory_fd(self) -> int:
         """A new descriptor of the directory that cannot be used to write; the caller closes it."""
         return open_readonly(self.directory_fd)
+
+    def outdate(self, epoch: int) -> None:
+        """Make all that it has stale to the next life; this one must have taken it out of the index."""
+        os.pwrite(self.directory_fd, self.header.outdated(epoch), 0)
+
+    def wipe(self) -> None:
+        """Overwrite all blocks and their names."""
+        self.slots[:] = 0
+        self.directory.identity.view(np.uint8)[:] = 0
 
     def close(self) -> None:
         """Give up descriptors and views. The memory is free when nobody else views, maps or keeps it."""

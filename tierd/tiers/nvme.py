@@ -37,6 +37,7 @@ from tierd.tiers.segment import (
 
 DIRECTORY, UNFINISHED, SLOTS = ".directory", ".new", ".slots"
 """How the names of a segment's files end, after its id in hex."""
+ZEROS = memoryview(bytes(1 << 20))
 READ_OK, READ_FAILED, READ_DAMAGED = 0, 1, 2
 """What `FileSegment.read` says per block: good bytes, the medium failed, or other bytes than were written."""
 Digest = Callable[[Sequence[Buffer], int], NDArray[np.uint64]]
@@ -75,6 +76,8 @@ class FileSegment:
         self._freed = np.zeros(header.geometry.slot_count, np.bool_)
         self.is_dirty = False
         """Whether `flush` has something to write."""
+        self.shred = False
+        """Whether its bytes are to be overwritten before its files are removed."""
 
     def __repr__(self) -> str:
         return f"<FileSegment {self.path.name}: {self.directory!r}, direct={self.direct}>"
@@ -219,6 +222,10 @@ class FileSegment:
                 noted[dirty] = False
                 put(dirty)
 
+    def hashes(self, slots: Slots) -> bytes:
+        """The packed hashes of the blocks in ready slots."""
+        return self.directory.hashes(slots)
+
     def scan(self) -> Scan:
         """What the directory holds; see `Directory.scan`."""
         with self._lock:
@@ -232,9 +239,33 @@ class FileSegment:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def outdate(self, epoch: int) -> None:
+        """Make all that the file has, and what a write under way may still add, stale to whoever reads it; synced.
+
+        Does nothing where the file was removed meanwhile. Raises OSError.
+        """
+        with suppress(FileNotFoundError):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                _write_whole(descriptor, memoryview(self.header.outdated(epoch)), 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def wipe(self) -> None:
+        """Overwrite all blocks, then their names, and wait for the medium; nothing is noted any more. Raises OSError."""
+        self._freed[:] = self._recency_dirty[:] = False
+        for path in (slots_path(self.path), self.path):
+            with open(path, "r+b", buffering=0) as file:
+                for start in range(0, size := os.fstat(file.fileno()).st_size, len(ZEROS)):
+                    _write_whole(file.fileno(), ZEROS[: size - start], start)
+                os.fsync(file.fileno())
+
     def unlink(self) -> bool:
         """Close and remove the files; False where they cannot be removed, and keep their bytes."""
         try:
+            if self.shred:
+                self.wipe()
             self.path.unlink(missing_ok=True)
             slots_path(self.path).unlink(missing_ok=True)
         except OSError as error:
@@ -310,6 +341,15 @@ def _read_directory(path: Path, size: int) -> memoryview:
     if received != size:
         raise OSError(errno.EIO, f"the directory has {received} bytes, its header says {size}")
     return pages
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the medium has what was made and removed in a folder. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def slots_path(directory: Path) -> Path:

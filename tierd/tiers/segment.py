@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from struct import Struct, pack_into, unpack_from
@@ -120,6 +120,11 @@ class Header:
     def fresh(cls, medium: Medium, namespace: Namespace, geometry: Geometry, epoch: int) -> Header:
         """The header of a new segment, with a random id and the time of now."""
         return cls(medium, os.urandom(16), namespace, epoch, unix_nanoseconds(), geometry)
+
+    def outdated(self, epoch: int) -> bytes:
+        """The page of this header in a later epoch: to whoever reads it, all that the segment has is stale."""
+        assert epoch > self.epoch, f"epoch {epoch} is not after {self.epoch}"
+        return replace(self, epoch=epoch).pack()
 
     def pack(self) -> bytes:
         """The header as its page of 4,096 bytes."""

@@ -24,8 +24,8 @@ from tierd.tiers.state import StateDirectory
 
 log = get_logger("tier")
 MemorySegment = HostSegment | DeviceSegment
-EPOCH = 1
-"""Of every namespace: nothing purges yet."""
+FIRST_EPOCH = 1
+"""Of a namespace that was never purged, or of which nothing is left."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Tier(Protocol):
     def geometry(self, namespace: Namespace) -> Geometry:
         """What every segment of the namespace looks like; raises Invalid when not even one block fits."""
 
-    def create(self, namespace: Namespace, ordinal: int) -> Any:
+    def create(self, namespace: Namespace, ordinal: int, epoch: int) -> Any:
         """A new segment, its bytes reserved before by the caller; raises Busy when the medium has no room.
 
         Where a segment outlives this process, so does the `ordinal` that it has among those of its namespace.
@@ -95,9 +95,9 @@ class MemoryTier:
         """See Tier."""
         return HostSegment.geometry(namespace.layout, self._segment_bytes, self._huge_pages)
 
-    def create(self, namespace: Namespace, ordinal: int) -> MemorySegment:
+    def create(self, namespace: Namespace, ordinal: int, epoch: int) -> MemorySegment:
         """See Tier."""
-        segment = self._make(namespace)
+        segment = self._make(namespace, epoch)
         if self.pins:
             self.pins.add(segment.slots)
         segment.kept_as = f"{self.name}.{ordinal}.{systemd.short(segment.segment_id[:6])}"
@@ -120,11 +120,13 @@ class MemoryTier:
             self.pins.remove(segment.slots)
         for name in stored_names(segment):
             systemd.remove(name)
+        if segment.shred:
+            segment.wipe()
         segment.close()
         return True
 
-    def _make(self, namespace: Namespace) -> MemorySegment:
-        return HostSegment.create(namespace, self._segment_bytes, EPOCH, self._huge_pages)
+    def _make(self, namespace: Namespace, epoch: int) -> MemorySegment:
+        return HostSegment.create(namespace, self._segment_bytes, epoch, self._huge_pages)
 
 
 class DeviceTier(MemoryTier):
@@ -149,8 +151,8 @@ class DeviceTier(MemoryTier):
         """See MemoryTier; also what the driver does not import is refused."""
         return DeviceSegment.adopt(directory_fd, slots_fd, self._device)
 
-    def _make(self, namespace: Namespace) -> MemorySegment:
-        return DeviceSegment.create(namespace, self._segment_bytes, EPOCH, self._device)
+    def _make(self, namespace: Namespace, epoch: int) -> MemorySegment:
+        return DeviceSegment.create(namespace, self._segment_bytes, epoch, self._device)
 
 
 class NvmeTier:
@@ -172,9 +174,9 @@ class NvmeTier:
         """See Tier."""
         return Geometry.fit(namespace.layout, self._segment_bytes)
 
-    def create(self, namespace: Namespace, ordinal: int) -> FileSegment:
+    def create(self, namespace: Namespace, ordinal: int, epoch: int) -> FileSegment:
         """See Tier."""
-        return FileSegment.create(self.state.folder(namespace), namespace, self._segment_bytes, EPOCH, self.io)
+        return FileSegment.create(self.state.folder(namespace), namespace, self._segment_bytes, epoch, self.io)
 
     def discard(self, segment: FileSegment) -> bool:
         """See Tier."""

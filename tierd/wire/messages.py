@@ -54,6 +54,8 @@ SEGMENTS = Argument(list, 1, SEGMENTS_PER_PUSH_MAX)
 
 PAGES = Argument(bytes, SLOT_BYTES, U32_MAX, SLOT_BYTES)
 LABEL = Argument(str, 1, 128)
+HEX = Argument(str, 4, 64)
+FLAG = Argument(bool, 0, 1)
 
 HELLO = {"model": NAME, "layout": MAP, "fingerprint": BIN16, "client": TEXT, "domain": optional(NAME), "tier": optional(NAME)}
 HELD = Struct("<16sII")
@@ -96,7 +98,10 @@ ADMIN: dict[str, dict[str, Argument]] = {
     "drain": {},
     "reload": {},
     "record": {"namespace": optional(Argument(bytes, 0, 32), b"")},
+    "purge": {"namespace": HEX, "shred": optional(FLAG, False)},
+    "scrub": {"action": NAME},
 }
+
 
 WELCOME = {
     "version": U32,
@@ -160,6 +165,11 @@ def check(message: Mapping[str, Any], verbs: Mapping[str, Mapping[str, Argument]
     return Request(check_values(verb, message, verbs[verb]), verb, envelope["id"], seconds)
 
 
+def only_reads(request: Request) -> bool:
+    """Whether a request on the admin socket changes nothing."""
+    return request.verb in ("status", "record") or request.get("action") == "status"
+
+
 def request_id(message: Mapping[str, Any]) -> int:
     """The id of a request, checked first so that every other error can be answered under it; raises Invalid."""
     value: int = check_values("request", message, {"id": ENVELOPE["id"]})["id"]
@@ -186,7 +196,7 @@ def check_value(where: str, name: str, value: Any, argument: Argument) -> None:
     _, least, most, multiple, _ = argument
     if type(value) is not kind:
         raise Invalid(f"{where}: {name!r} must be {kind.__name__}, not {type(value).__name__}")
-    size: int = value if kind is int else len(value)
+    size: int = value if kind in (int, bool) else len(value)
     if not least <= size <= most or size % multiple:
         refuse_size(where, name, size, argument)
 

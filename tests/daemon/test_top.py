@@ -1,0 +1,127 @@
+"""`tierd top` in a real pseudo-terminal: what is on the screen, and how it is left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.daemon.conftest import Start
+from tests.daemon.harness import Daemon, hashes_of, readable
+from tierd.cli import OK, UNREACHABLE, USAGE
+from tierd.clock import monotonic_seconds
+
+LINES, COLUMNS = 45, 140
+SECONDS_MAX = 20.0
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
+HOME = "\x1b[H"
+LEAVES_SCREEN = "\x1b[?1049l"
+
+
+class Terminal:
+    """A pseudo-terminal with `tierd top` in it."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._ours, self._theirs = os.openpty()
+        fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("4H", LINES, COLUMNS, 0, 0))
+        self.before = termios.tcgetattr(self._theirs)
+        command = [sys.executable, "-m", "tierd", "top", "--interval", "0.2", "--runtime-dir", str(daemon.runtime)]
+        files = {"stdin": self._theirs, "stdout": self._theirs, "stderr": self._theirs}
+        self.process = subprocess.Popen(command, env=os.environ | {"TERM": "xterm-256color"}, **files)  # type: ignore[call-overload]
+        self._received = b""
+
+    @property
+    def output(self) -> str:
+        """All that was drawn so far; a character may be on its way still."""
+        return self._received.decode(errors="ignore")
+
+    @property
+    def frame(self) -> str:
+        """What was drawn last, without colours."""
+        return ESCAPES.sub("", self.output.rpartition(HOME)[2])
+
+    def read_until(self, so: Callable[[str], object]) -> str:
+        """Read on until the frame is as it should be."""
+        deadline = monotonic_seconds() + SECONDS_MAX
+        while not so(self.frame):
+            assert monotonic_seconds() < deadline, f"it is still not so:\n{self.frame}"
+            if readable(self._ours, 0.1):
+                self._received += os.read(self._ours, 1 << 16)
+        return self.frame
+
+    def press(self, key: str) -> None:
+        """Type."""
+        os.write(self._ours, key.encode())
+
+    def modes(self) -> list[object]:
+        """How the terminal treats lines and keys."""
+        return termios.tcgetattr(self._theirs)
+
+    def end(self) -> None:
+        """Make sure that nothing is left."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+        os.close(self._theirs)
+
+
+@pytest.fixture
+def terminal(daemon: Daemon) -> Iterator[Terminal]:
+    """A terminal that watches a small daemon."""
+    terminal = Terminal(daemon)
+    yield terminal
+    terminal.end()
+
+
+def test_the_screen_follows_the_daemon_and_is_left_as_it_was(daemon: Daemon, terminal: Terminal) -> None:
+    """Tiers, hits, transfers, clients and namespaces, as they become; then `q`."""
+    terminal.read_until(lambda frame: "none yet" in frame and "since start 0" in frame)
+    with daemon.peer(client="engine-7") as peer:
+        assert peer.store(hashes_of(1, 30)) == 30
+        daemon.ask("sync")
+        peer.load(hashes_of(1, 30))
+        peer.lookup(hashes_of(2, 10))
+        is_whole = re.compile("since start 40.*write_back +cpu.*engine-7", re.DOTALL)
+        frame = terminal.read_until(is_whole.search)
+        assert re.search(r"cpu +\S+ +\d+\.\d KiB +1\.0 MiB +30 ", frame), frame
+        assert re.search(r"nvme .*4\.0 MiB +30 ", frame), frame
+        assert re.search(r"since start 40 +\S+ +75\.0% +cpu 75\.0%  miss 25\.0%", frame), frame
+        assert re.search(r"[0-9a-f]{16} +model +\d+ +\S+ +30 +engine-7 \(\d+\)", frame), frame
+        # What is asked now is not what was asked once.
+        terminal.read_until(lambda frame: re.search(r"now 0 ", frame))
+    terminal.read_until(lambda frame: re.search(r"[0-9a-f]{16} +model .* 30 +- *$", frame, flags=re.MULTILINE))
+    assert terminal.modes() != terminal.before
+    terminal.press("xq")
+    terminal.read_until(lambda _: LEAVES_SCREEN in terminal.output)
+    assert terminal.process.wait(SECONDS_MAX) == OK
+    assert terminal.modes() == terminal.before
+
+
+def test_a_daemon_that_goes_away_is_waited_for(daemon: Daemon, terminal: Terminal) -> None:
+    """Its place on the screen says so; the next one is shown as soon as it is there."""
+    terminal.read_until(lambda frame: f"pid {daemon.pid}" in frame)
+    daemon.stop()
+    terminal.read_until(lambda frame: "waiting for it; q ends" in frame)
+    daemon.start()
+    terminal.read_until(lambda frame: f"pid {daemon.pid}" in frame)
+
+
+def test_once_is_for_a_file(daemon: Daemon) -> None:
+    """One look, without colours or a terminal; without --once it says that it needs one."""
+    done = daemon.run("top", "--once", "--interval", "0.1")
+    assert done.returncode == OK and "\x1b" not in done.stdout
+    assert done.stdout.startswith("tierd ") and "blocks asked" in done.stdout
+    refused = daemon.run("top")
+    assert refused.returncode == USAGE and "needs a terminal: use --once" in refused.stderr
+
+
+def test_without_a_daemon_it_does_not_begin(make: Start) -> None:
+    """As every command: 3."""
+    assert make().run("top", "--once").returncode == UNREACHABLE
