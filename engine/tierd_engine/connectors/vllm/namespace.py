@@ -109,4 +109,5 @@ def model_name(config: VllmConfig, kv_cache_config: KVCacheConfig, model_id: str
 
 def commit_of(model: Any) -> str | None:
     """The commit that a model was fetched from, where vLLM knows it; else the revision that was asked for."""
-    return getattr(model.hf_config, "_commit_hash", None) or model.revision
+    commit: str | None = getattr(model.hf_config, "_commit_hash", None) or model.revision
+    return commit
