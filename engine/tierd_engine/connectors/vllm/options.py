@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from tierd_engine.connectors.options import check_options
 from tierd_engine.connectors.vllm.api import init_logger
 
 log = init_logger(f"vllm.{__name__}")
@@ -37,12 +38,7 @@ class Options:
     @classmethod
     def read(cls, given: dict[str, Any]) -> Options:
         """From the configuration."""
-        known = {field.name: type(field.default) for field in fields(cls)}
-        for name, value in given.items():
-            if name not in known:
-                raise ValueError(f"kv_connector_extra_config: unknown key {name!r}; known are {', '.join(sorted(known))}")
-            if not isinstance(value, (int, float) if known[name] is float else known[name]):
-                raise ValueError(f"kv_connector_extra_config: {name} must be of type {known[name].__name__}, not {value!r}")
+        check_options(cls, given, "kv_connector_extra_config")
         options = cls(**given)
         for name in ("load", "save"):
             if getattr(options, name) not in ("async", "sync"):

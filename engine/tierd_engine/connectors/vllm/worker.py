@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from time import perf_counter
 
 from tierd.client import Client, Stored
+from tierd_engine.connectors.failures import said_not_raised
 from tierd_engine.connectors.vllm.api import init_logger
 from tierd_engine.connectors.vllm.messages import Done, Run, Work
 from tierd_engine.connectors.vllm.options import Options
@@ -93,7 +93,7 @@ class WorkerSide:
 
     def _load(self, run: Run, failures: int | None = None) -> None:
         pool, began, arrived = self.pool, perf_counter(), 0
-        with said_not_raised("load"):
+        with said_not_raised(log, "load"):
             assert pool is not None, "vLLM loads before it registered its pages"
             arrived = self.client.load(run.hashes, pool, run.pages, run.parent)
         if arrived < len(run.pages) and failures is not None:
@@ -103,20 +103,11 @@ class WorkerSide:
 
     def _save(self, run: Run) -> None:
         pool, began, stored = self.pool, perf_counter(), Stored(refused=len(run.pages))
-        with said_not_raised("save"):
+        with said_not_raised(log, "save"):
             assert pool is not None, "vLLM saves before it registered its pages"
             stored = self.client.store(run.hashes, pool, run.pages, run.parent)
         counts = {"stored": stored.stored, "present": stored.present, "refused": stored.refused}
         self._ended.put((run, "saves", counts, perf_counter() - began))
-
-
-@contextmanager
-def said_not_raised(what: str) -> Iterator[None]:
-    """A run that fails for a reason nobody thought of has to end all the same: vLLM waits for it."""
-    try:
-        yield
-    except Exception:
-        log.exception("a %s failed and counts as a miss", what)
 
 
 def copy_alone() -> None:
