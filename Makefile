@@ -11,7 +11,7 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-package test-vllm check bench gpu quantisation policies dashboards pictures wheel deb oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-package test-vllm check bench gpu quantisation policies dashboards pictures site wheel deb oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -54,6 +54,10 @@ dashboards: $(STAMP)  ## dashboards, rules and docs/metrics.md, from the modules
 
 pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
 	$(RUN) tests.ops.pictures
+
+site: $(STAMP)  ## the documentation as a site in .build/site; a link or an anchor that leads nowhere fails
+	$(RUN) pages
+	$(RUN) pages.site .build/site
 
 wheel: $(BUILD)/installed  ## wheel and sdist, in .build/dist
 	rm -rf .build/dist
