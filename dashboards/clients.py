@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dashboards.panels import Panel, graph, only, quantile, rate, stat, total
+from dashboards.panels import Panel, by, graph, only, quantile, rate, stat, total
 from dashboards.panels import dashboard as make
 
 REQUESTS = "tierd_request_duration_seconds"
@@ -30,31 +30,37 @@ def integrity() -> list[Panel]:
             "Wrong bytes",
             "short",
             "Blocks a second whose bytes on NVMe were not those that were written. Each was a miss; none was served.",
-            (total("instance", rate("tierd_checksum_failures_total")), "{{instance}}"),
+            by("instance", rate("tierd_checksum_failures_total")),
         ),
         graph(
             "Failed transfers",
             "short",
             "Blocks a second whose transfer failed. io_error: the medium refused; mismatch: it returned other bytes.",
-            (total("outcome, reason", rate("tierd_transfer_failed_blocks_total")), "{{outcome}} {{reason}}"),
+            by("outcome, reason", rate("tierd_transfer_failed_blocks_total")),
         ),
         graph(
             "Failed accesses to NVMe",
             "short",
             "Accesses a second to segment files that failed, by operation and error. No data: none ever did.",
-            (total("reason", rate("tierd_nvme_failures_total")), "{{reason}}"),
+            by("reason", rate("tierd_nvme_failures_total")),
         ),
         graph(
             "Quarantined slots",
             "short",
             "Slots whose medium lied: not used again until the next start.",
-            (total("tier", only("tierd_slots", 'state="quarantined"')), "{{tier}}"),
+            by("tier", only("tierd_slots", 'state="quarantined"')),
         ),
         graph(
             "Descriptors not kept",
             "short",
             "A second, those that the service manager did not take: memory that the next crash would lose.",
-            (total("kind", rate("tierd_descriptors_not_kept_total")), "{{kind}}"),
+            by("kind", rate("tierd_descriptors_not_kept_total")),
+        ),
+        graph(
+            "Copies found at the last start",
+            "short",
+            "Of blocks, in kept memory and on NVMe. kept: a hit again; all others were given up, by why.",
+            by("outcome", only("tierd_recovered_rows")),
         ),
         graph(
             "Blocks without a place",
@@ -70,22 +76,20 @@ def integrity() -> list[Panel]:
 def clients() -> list[Panel]:
     """Who is there, what they ask and what they hold."""
     return [
-        graph(
-            "Sessions", "short", "Attached engines.", (total("instance", only("tierd_sessions")), "{{instance}}"), stack=True
-        ),
+        graph("Sessions", "short", "Attached engines.", by("instance", only("tierd_sessions")), stack=True),
         graph(
             "Sessions opened",
             "short",
             "A second. Many with few attached: engines crash, or lose the daemon.",
-            (total("instance", rate("tierd_sessions_opened_total")), "{{instance}}"),
+            by("instance", rate("tierd_sessions_opened_total")),
         ),
         graph(
             "Leases",
             "short",
             "Held now. Blocks under a lease can't be evicted; a line that only climbs is an engine that does not let go.",
-            (total("kind", only("tierd_leases")), "{{kind}}"),
+            by("kind", only("tierd_leases")),
         ),
-        graph("Requests", "reqps", "By verb.", (total("verb", rate(f"{REQUESTS}_count")), "{{verb}}"), stack=True),
+        graph("Requests", "reqps", "By verb.", by("verb", rate(f"{REQUESTS}_count")), stack=True),
         graph(
             "Latency by verb, 99th percentile",
             "s",
@@ -97,13 +101,13 @@ def clients() -> list[Panel]:
             "reqps",
             "busy: all memory is held; gone: evicted or ended; late: not answered by the client's deadline. Each is a miss, no "
             "failure.",
-            (total("verb, error", rate("tierd_request_errors_total")), "{{verb}} {{error}}"),
+            by("verb, error", rate("tierd_request_errors_total")),
         ),
         graph(
             "Turns by their end",
             "short",
             "Turns a second whose pages engines let go of (gpu tier), by why they ended.",
-            (total("turn", rate("tierd_turns_total")), "{{turn}}"),
+            by("turn", rate("tierd_turns_total")),
         ),
     ]
 
@@ -151,7 +155,7 @@ def namespaces() -> list[Panel]:
     """Who uses the cache; without the option there is no data, except for their number."""
     hits = total("namespace", rate(NAMESPACE_LOOKUPS, 'tier=~"gpu|cpu|nvme"'))
     return [
-        graph("Namespaces", "short", "Being served.", (total("instance", only("tierd_namespaces")), "{{instance}}")),
+        graph("Namespaces", "short", "Being served.", by("instance", only("tierd_namespaces"))),
         graph(
             "Hit rate by namespace",
             "percentunit",
@@ -162,14 +166,14 @@ def namespaces() -> list[Panel]:
             "Prefill tokens saved by namespace",
             "short",
             "Tokens a second that engines need not compute.",
-            (total("namespace", rate("tierd_namespace_saved_prefill_tokens_total")), "{{namespace}}"),
+            by("namespace", rate("tierd_namespace_saved_prefill_tokens_total")),
             stack=True,
         ),
         graph(
             "Bytes by namespace",
             "bytes",
             "Segments that it has, by tier.",
-            (total("namespace, tier", only("tierd_namespace_used_bytes")), "{{namespace}} {{tier}}"),
+            by("namespace, tier", only("tierd_namespace_used_bytes")),
             stack=True,
         ),
         graph(

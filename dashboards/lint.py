@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-UNITS = {"short", "none", "percentunit", "s", "bytes", "Bps", "reqps"}
+UNITS = {"short", "none", "percentunit", "s", "bytes", "Bps", "reqps", "iops"}
 """Of Grafana's units those that we use."""
 VALUE_PANELS = {"stat", "singlestat", "graph", "table", "timeseries", "gauge"}
 SOURCE = {"$datasource", "${datasource}"}

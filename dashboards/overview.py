@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dashboards.panels import by, graph, only, quantile, rate, stat, total
 from dashboards.panels import dashboard as make
-from dashboards.panels import graph, only, quantile, rate, stat, total
 
 HIT = 'tier=~"gpu|cpu|nvme"'
 LOOKUPS = "tierd_lookup_blocks_total"
@@ -38,7 +38,7 @@ def dashboard() -> dict[str, Any]:
             "short",
             "Blocks a second by the highest tier that has them. miss: an engine computes them; pending: another is storing "
             "them.",
-            (total("tier", rate(LOOKUPS)), "{{tier}}"),
+            by("tier", rate(LOOKUPS)),
             stack=True,
         ),
         graph(
@@ -54,7 +54,7 @@ def dashboard() -> dict[str, Any]:
             "Prefill tokens saved by instance",
             "short",
             "Tokens a second that engines need not compute.",
-            (total("instance", rate("tierd_saved_prefill_tokens_total")), "{{instance}}"),
+            by("instance", rate("tierd_saved_prefill_tokens_total")),
             stack=True,
         ),
     )

@@ -11,6 +11,8 @@ from typing import Any
 COLUMNS = 24
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 Panel = dict[str, Any]
+Query = tuple[str, str]
+"""An expression and its legend."""
 
 
 # -- expressions ----------------------------------------------------------------------------------------------------------
@@ -32,6 +34,11 @@ def total(by: str, expression: str) -> str:
     return f"sum by ({by}) ({expression})" if by else f"sum({expression})"
 
 
+def by(labels: str, expression: str) -> Query:
+    """The query of most panels: summed by these labels (comma-separated), and a legend that has their values."""
+    return total(labels, expression), " ".join(f"{{{{{label}}}}}" for label in labels.split(", "))
+
+
 def quantile(share: float, by: str, name: str, *matchers: str) -> str:
     """A quantile of a histogram, by these labels."""
     labels = f"le, {by}" if by else "le"
@@ -49,8 +56,8 @@ def stat(title: str, unit: str, text: str, expression: str, legend: str = "") ->
     return panel
 
 
-def graph(title: str, unit: str, text: str, *queries: tuple[str, str], stack: bool = False) -> Panel:
-    """Lines over time: (expression, legend) each; stacked where they add up to something."""
+def graph(title: str, unit: str, text: str, *queries: Query, stack: bool = False) -> Panel:
+    """Lines over time; stacked where they add up to something."""
     panel = _panel("timeseries", title, unit, text, queries, width=8, height=8)
     custom = panel["fieldConfig"]["defaults"]["custom"] = {"fillOpacity": 10, "lineWidth": 1, "showPoints": "never"}
     if stack:
@@ -62,7 +69,7 @@ def graph(title: str, unit: str, text: str, *queries: tuple[str, str], stack: bo
     return panel
 
 
-def _panel(kind: str, title: str, unit: str, text: str, queries: Iterable[tuple[str, str]], width: int, height: int) -> Panel:
+def _panel(kind: str, title: str, unit: str, text: str, queries: Iterable[Query], width: int, height: int) -> Panel:
     targets = [
         {"refId": chr(ord("A") + at), "datasource": DATASOURCE, "expr": expr, "legendFormat": legend, "range": True}
         for at, (expr, legend) in enumerate(queries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dashboards.panels import Panel, graph, only, quantile, rate, total
+from dashboards.panels import Panel, by, graph, only, quantile, rate, total
 from dashboards.panels import dashboard as make
 
 WAY = "source, target"
@@ -32,14 +32,14 @@ def room() -> list[Panel]:
             "short",
             "ready: a block can be found; filling: being written, or an engine's page; retired: gone, and still being read; "
             "quarantined: the medium lied about it.",
-            (total("tier, state", only("tierd_slots")), "{{tier}} {{state}}"),
+            by("tier, state", only("tierd_slots")),
             stack=True,
         ),
         graph(
             "Evicted blocks",
             "short",
             "Blocks a second that made room. clean: another tier has them; drop: they are lost, and the next lookup is a miss.",
-            (total("tier, kind", rate("tierd_evicted_blocks_total")), "{{tier}} {{kind}}"),
+            by("tier, kind", rate("tierd_evicted_blocks_total")),
         ),
         graph(
             "Growth refused",
@@ -111,19 +111,34 @@ def transfers() -> list[Panel]:
             "Transfers under way",
             "short",
             "Started and not ended, by reason.",
-            (total("reason", only("tierd_transfers_in_flight")), "{{reason}}"),
+            by("reason", only("tierd_transfers_in_flight")),
         ),
         graph(
             "Parts that wait for a thread",
             "short",
             "Demand goes before prefetch before write-back.",
-            (total("instance", only("tierd_transfer_parts_queued")), "{{instance}}"),
+            by("instance", only("tierd_transfer_parts_queued")),
         ),
         graph(
             "Paths taken",
             "Bps",
             "direct: past the page cache; buffered: the medium could not do that; memory: between tiers in memory.",
-            (total("path", moved), "{{path}}"),
+            by("path", moved),
+        ),
+        graph(
+            "Ways to NVMe",
+            "Bps",
+            "Payload bytes written, and read and found right. posix, kvikio-host: host memory; gds: straight between a GPU and "
+            "NVMe; bounce: a GPU's, through host memory.",
+            by("path, direction", rate("tierd_io_path_bytes_total")),
+            stack=True,
+        ),
+        graph(
+            "What cuFile did",
+            "iops",
+            "Reads and writes of GPU memory, as cuFile counts them; 0 without GPUDirect Storage. posix: copied through host "
+            "memory, so gds is not what it seems.",
+            by("way, direction", rate("tierd_cufile_operations_total")),
         ),
     ]
 
@@ -135,18 +150,18 @@ def writing() -> list[Panel]:
             "Runs not written yet",
             "short",
             "Runs of committed blocks that wait for a lower tier. 0: a stop now would lose nothing.",
-            (total("instance", only("tierd_write_back_runs")), "{{instance}}"),
+            by("instance", only("tierd_write_back_runs")),
         ),
         graph(
             "Written, and given up",
             "short",
             "Blocks a second that came to NVMe (written), and those that did not: dropped, orphans, short.",
-            (total("event", rate("tierd_events_total", 'event=~"written|write_back_.+"')), "{{event}}"),
+            by("event", rate("tierd_events_total", 'event=~"written|write_back_.+"')),
         ),
         graph(
             "Blocks that were not to be had",
             "short",
             "Events a second where all memory was held by leases: lookups and loads offered less, stores got fewer slots.",
-            (total("event", rate("tierd_events_total", 'event=~".+_(busy|short)"')), "{{event}}"),
+            by("event", rate("tierd_events_total", 'event=~".+_(busy|short)"')),
         ),
     ]

@@ -13,7 +13,7 @@ import pytest
 from tierd import __version__
 
 ROOT = Path(__file__).parents[1]
-CODE = ("tierd", "kernels", "engine", "benchmarks", "dashboards", "manual", "tests")
+CODE = ("tierd", "kernels", "engine", "benchmarks", "dashboards", "manual", "pages", "examples", "tests")
 MODULES = sorted(file for folder in CODE for file in (ROOT / folder).rglob("*.py"))
 TEXTS = [
     file

@@ -284,7 +284,7 @@ NOT_KEPT = Series(
 )
 RECOVERED_ROWS = Series(
     "tierd_recovered_rows",
-    COUNTER,
+    GAUGE,
     "rows",
     ("outcome",),
     "Directory rows found at start, by what became of them: kept, or damaged, stale, unfinished, duplicates, orphans.",

@@ -7,7 +7,9 @@ Rule of this file: it makes texts, and writes nothing.
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tierd
@@ -17,6 +19,12 @@ from tierd.errors import Invalid
 UNITS = ("tierd.service", "tierd.socket", "tierd-metrics.socket")
 DESCRIPTORS_MIN = 4096
 SHIPPED_COMMAND, SHIPPED_STATE = "/usr/bin/tierd", Path("/var/lib/tierd")
+SAID_TWICE = (
+    ("server.socket", "tierd.socket", "ListenStream"),
+    ("server.socket_mode", "tierd.socket", "SocketMode"),
+    ("metrics.listen", "tierd-metrics.socket", "ListenStream"),
+)
+"""Keys of the configuration, and where a socket unit says the same."""
 HOMES = tuple(map(Path, ("/home", "/root", "/run/user")))
 """What ProtectHome= hides."""
 
@@ -50,6 +58,28 @@ def user_files(config: Config, home: Path) -> dict[Path, str]:
     files[units / "tierd.service"] = fitted(files[units / "tierd.service"], config)
     files[home / "tierd/tierd.toml"] = shipped("tierd.toml")
     return files
+
+
+def check_sockets(config: Config, unit: Callable[[str], str]) -> None:
+    """Raise Invalid where a socket unit (its text with its drop-ins behind it, by name) is not as configured: the daemon would
+    refuse to start.
+    """
+    for dotted, name, key in SAID_TWICE:
+        configured, said = str(config.describe()[dotted]), setting(unit(name), key).replace("%t/", "/run/")
+        if configured and configured != said:
+            raise Invalid(
+                f"{dotted} = {configured!r} in {config.file}, but {name} has {key}={said}, and the daemon would refuse to "
+                f"start: remove that key, or first give the unit the same (systemctl edit {name}: [Socket], {key}=, "
+                f"{key}={configured})"
+            )
+
+
+def setting(unit: str, key: str) -> str:
+    """What a unit says of a key: the values since the last empty one, which takes back those before it."""
+    values = re.findall(rf"^{key}=(.*)$", unit, re.MULTILINE)
+    while "" in values:
+        values = values[values.index("") + 1 :]
+    return " ".join(values if key == "ListenStream" else values[-1:])
 
 
 def fitted(service: str, config: Config) -> str:

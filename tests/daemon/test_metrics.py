@@ -148,8 +148,8 @@ def test_what_was_recovered_is_counted(daemon: Daemon) -> None:
         wire.store(hashes_of(1, 50))
     daemon.stop()
     daemon.start()
-    assert total(daemon.metrics(), "tierd_recovered_rows_total", outcome="kept") == 50
-    assert total(daemon.metrics(), "tierd_recovered_rows_total") == 50
+    assert total(daemon.metrics(), "tierd_recovered_rows", outcome="kept") == 50
+    assert total(daemon.metrics(), "tierd_recovered_rows") == 50
 
 
 def test_health_says_ready_and_the_path_to_nvme(daemon: Daemon) -> None:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -53,10 +53,11 @@ def made_root() -> Path:
 
 
 class Machine:
-    """One boot. `disk` is bound to DISK."""
+    """One boot. `disk` is bound to DISK, and what is `shared` to where it is, read-only."""
 
-    def __init__(self, disk: Path) -> None:
+    def __init__(self, disk: Path, shared: Sequence[Path] = (CHECKOUT, Path(sys.base_prefix))) -> None:
         self._disk = disk
+        self._shared = sorted({str(path) for path in shared})
         self._console = disk / "console"
         self._container: subprocess.Popen[bytes] | None = None
         self.tierd = Path(sys.executable).with_name("tierd")
@@ -64,8 +65,7 @@ class Machine:
     def boot(self) -> None:
         """Until systemd has started everything; raises Impossible where containers cannot be started."""
         root = made_root()
-        shared = {str(CHECKOUT), sys.base_prefix}
-        binds = [*(f"--bind-ro={path}" for path in sorted(shared)), f"--bind={self._disk}:{DISK}"]
+        binds = [*(f"--bind-ro={path}" for path in self._shared), f"--bind={self._disk}:{DISK}"]
         options = ["--quiet", "--volatile=overlay", "--register=no", "--keep-unit", "--console=passive", "--private-network"]
         with self._console.open("wb") as console:
             command = ["systemd-nspawn", *options, *binds, f"--directory={root}", "--boot"]

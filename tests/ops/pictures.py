@@ -124,6 +124,7 @@ FORMATS = {
     "bytes": lambda value: rounded_size(int(value)),
     "Bps": lambda value: f"{rounded_size(int(value))}/s",
     "reqps": "{:.3g}/s".format,
+    "iops": "{:.3g}/s".format,
     "short": lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
     "none": "{:.4g}".format,
 }

@@ -110,6 +110,13 @@ def test_every_series_that_is_asked_for_exists() -> None:
         assert named and named <= known, f"{named - known} in {expression}"
 
 
+def test_every_series_is_in_a_dashboard() -> None:
+    """None is declared, documented and then looked at by nobody."""
+    shown = {name for board in DASHBOARDS for target in targets(board) for name in NAMES.findall(target.expression)}
+    names = {series: {series.exported, f"{series.name}_bucket", f"{series.name}_count"} for series in SERIES}
+    assert [series.exported for series, any_of in names.items() if not any_of & shown] == []
+
+
 def test_every_alert_says_what_is_wrong_and_where_to_read_on() -> None:
     """A summary, a description, a severity, a section of the runbook and a unit test of its own."""
     sections = re.findall(r"^## (\w+)$", RUNBOOK.read_text(), flags=re.MULTILINE)

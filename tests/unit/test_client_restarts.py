@@ -19,6 +19,7 @@ from tierd.client import Client, Stored
 from tierd.clock import monotonic_seconds
 from tierd.errors import Gone
 from tierd.tiers.host import HostSegment
+from tierd.wire.messages import Request
 
 MISS = Stored(0, 0, 1)
 Connect = Callable[..., Client]
@@ -91,6 +92,24 @@ def test_an_idle_client_resumes_and_gives_back_what_it_does_not_hold(killable: K
     killable.start()
     assert until(lambda: not holders.any())
     assert found.copy_into(content(10, 3), range(10)) == 0  # its lease ended with the connection
+
+
+def test_an_idle_client_notices_a_loss_after_its_first_look(daemon: Daemon, memory: Memory, connect: Connect) -> None:
+    """A dying daemon's sockets close one by one: whose channel ends first looks at its connection too early, then again."""
+    client, hashes, pool = connect(), names(10), content(10)
+    client.store(hashes, pool, range(10))
+    (session,) = memory.sessions.values()
+    assert until(lambda: session.events)
+    (connection,) = daemon.server.connections - {session.events}
+
+    def next_life(request: Request) -> None:
+        if request.verb == "events":
+            connection.close("the last life's")
+
+    memory.before = next_life
+    daemon.call(lambda: session.events.close("the last life's"))
+    assert until(lambda: client.session.connects == 2)
+    assert client.load(hashes, np.zeros_like(pool), range(10)) == 10
 
 
 @pytest.mark.parametrize("kind", [1, 2])

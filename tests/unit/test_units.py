@@ -93,6 +93,32 @@ def test_a_configuration_is_the_administrators(tmp_path: Path, capsys: pytest.Ca
     assert f"kept     {file}: it was changed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "configured", "unit", "said"),
+    [
+        ("server", "socket", "/run/tierd/other.sock", "tierd.socket", "ListenStream"),
+        ("server", "socket_mode", "0600", "tierd.socket", "SocketMode"),
+        ("metrics", "listen", "127.0.0.1:9999", "tierd-metrics.socket", "ListenStream"),
+    ],
+)
+def test_a_socket_that_the_daemon_would_refuse_is_refused_at_once(
+    section: str, key: str, configured: str, unit: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is written, and both values are said; with a drop-in that makes the unit the same it installs."""
+    file = tmp_path / "etc/tierd/tierd.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'[{section}]\n{key} = "{configured}"\n')
+    assert main(["install-service", "--root", str(tmp_path)]) == 2
+    error, shipped_value = capsys.readouterr().err, value(shipped(unit), said)
+    assert f"{section}.{key} = '{configured}' in {file}, but {unit} has {said}={shipped_value}" in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    drop_in = tmp_path / f"etc/systemd/system/{unit}.d/override.conf"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text(f"[Socket]\n{said}=\n{said}={configured}\n")
+    assert main(["install-service", "--root", str(tmp_path)]) == 0
+    assert main(["install-service", "--root", str(tmp_path), "--remove"]) == 0
+
+
 def test_a_users_service_lies_in_the_users_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Units in systemd/user, without users, groups or system paths in them."""
     monkeypatch.setenv("XDG_CONFIG_HOME", "/home/u/.config")

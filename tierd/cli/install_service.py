@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tierd.config import Config
 from tierd.errors import Busy, Invalid
-from tierd.units import UNITS, system_files, user_files
+from tierd.units import UNITS, check_sockets, system_files, user_files
 
 CALL_SECONDS_MAX = 30.0
 SYSTEM_CONFIG, NO_CONFIG = Path("/etc/tierd/tierd.toml"), Path("/dev/null")
@@ -42,7 +42,17 @@ def wanted(options: Namespace) -> dict[Path, str]:
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     file = place(home / "tierd/tierd.toml" if options.user else SYSTEM_CONFIG, options.root)
     config = Config.load(STATE, {}, NO_CONFIG if options.remove or not file.exists() else file)
-    return user_files(config, home) if options.user else system_files(config)
+    files = user_files(config, home) if options.user else system_files(config)
+    texts = {path.name: (path, text) for path, text in files.items()}
+
+    def unit(name: str) -> str:
+        path, text = texts[name]
+        folder = place(path.with_name(f"{name}.d"), options.root)
+        return "\n".join((text, *(drop_in.read_text() for drop_in in sorted(folder.glob("*.conf")))))
+
+    if not options.remove:
+        check_sockets(config, unit)
+    return files
 
 
 def place(path: Path, root: Path | None) -> Path:

@@ -55,6 +55,7 @@ class Events(Thread):
             self._channel = channel
             if connects != self._session.connects:
                 channel.close("the session was resumed")
+        self._session.look()  # the next life has answered, perhaps, and the last one's sockets do not all end at once
         while not self._stopping.is_set():
             channel.listen(LISTEN_SECONDS)
         channel.close()
