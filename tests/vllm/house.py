@@ -239,6 +239,6 @@ class Flaky:
         self.loads += 1
         good = min(self.good, len(pages))
         arrived = self._client.load(hashes[: 32 * good], pool, pages[:good], parent)
-        for layer in pool._layers:
-            layer[torch.from_numpy(pages[good:])] = 0x0BAD_0BAD
+        for layers in pool._layers:
+            layers[torch.from_numpy(pages[good:])] = 0x0BAD_0BAD
         return int(arrived)

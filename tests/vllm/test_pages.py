@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tierd_engine.connectors.vllm.pages import BATCH_BLOCKS, LayerPages
+from tierd_engine.connectors.vllm.pages import LayerPages
 
-BLOCKS, LAYERS, HEADS, TOKENS, WIDTH = 3 * BATCH_BLOCKS, 3, 2, 32, 6
+BLOCKS, LAYERS, HEADS, TOKENS, WIDTH = 192, 3, 2, 32, 6
 PAGE_BYTES = HEADS * TOKENS * WIDTH * 4
 SLOT_BYTES = LAYERS * PAGE_BYTES + 512
 NAMES = [f"layer{number}" for number in range(LAYERS)]
@@ -31,6 +31,17 @@ def tokens_before_heads() -> list[torch.Tensor]:
     return [whole.transpose(1, 2) for whole in torch.zeros(LAYERS, BLOCKS, TOKENS, HEADS, WIDTH)]
 
 
+def each_on_its_own() -> list[torch.Tensor]:
+    """Layers that were not allocated together."""
+    return [torch.zeros(BLOCKS, HEADS, TOKENS, WIDTH) for _ in range(LAYERS)]
+
+
+def in_no_order() -> list[torch.Tensor]:
+    """Layers that are at no one distance from each other."""
+    whole = torch.zeros(LAYERS + 2, BLOCKS, HEADS, TOKENS, WIDTH)
+    return [whole[0], whole[4], whole[1]]
+
+
 def in_small_blocks() -> list[torch.Tensor]:
     """A kernel that counts in blocks of half the size."""
     return list(torch.zeros(LAYERS, BLOCKS * 2, HEADS, TOKENS // 2, WIDTH))
@@ -39,7 +50,9 @@ def in_small_blocks() -> list[torch.Tensor]:
 Make = Callable[[], list[torch.Tensor]]
 
 
-@pytest.mark.parametrize("make", [layer_by_layer, block_by_block, tokens_before_heads, in_small_blocks])
+@pytest.mark.parametrize(
+    "make", [layer_by_layer, block_by_block, tokens_before_heads, each_on_its_own, in_no_order, in_small_blocks]
+)
 def test_pages_go_to_slots_and_back(make: Make) -> None:
     """Shuffled, and in other pages than they came from; nothing beside them is touched."""
     rng = np.random.default_rng(1)
@@ -50,7 +63,7 @@ def test_pages_go_to_slots_and_back(make: Make) -> None:
     pool = LayerPages(dict(zip(NAMES, tensors, strict=True)), NAMES, BLOCKS, PAGE_BYTES)
     assert len(pool) == BLOCKS and pool.block_bytes == LAYERS * PAGE_BYTES
     slots = np.full((BLOCKS, SLOT_BYTES), 0xEE, np.uint8)
-    count = BATCH_BLOCKS + 7
+    count = 71
     pages, indexes, others = (rng.permutation(BLOCKS)[:count] for _ in range(3))
     pool.drain(pages, slots, indexes)
     assert (slots[:, pool.block_bytes :] == 0xEE).all()
