@@ -20,6 +20,11 @@ BLOCK_TOKENS = 32
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with weights so large (std 0.25) that one wrong block changes what it says."""
+    return write_random_model(tmp_path_factory.mktemp("model"))
+
+
+def write_random_model(folder: Path) -> Path:
+    """Into an empty folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +40,6 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=4096,
         initializer_range=0.25,
     )
-    folder = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -64,6 +64,19 @@ def test_two_engines_share_and_a_restarted_daemon_hits(start: Start, engine: Beg
     assert (read["tokens"], read["logprobs"]) == (shared["tokens"], shared["logprobs"])
 
 
+def test_two_workers_share_a_model_and_load_what_two_others_stored(start: Start, engine: Begin) -> None:
+    """Tensor parallelism: each worker copies its part, and the same is said with the same probabilities."""
+    daemon = start(**ROOM)
+    text = prompt(50, 12 * BLOCK_TOKENS + 3)
+    first = engine(daemon.socket, arguments={**ONE, "tensor_parallel_size": 2})
+    cold, own = (first.run([text], max_tokens=4) for _ in range(2))
+    first.end()
+    loaded = engine(daemon.socket, arguments={**ONE, "tensor_parallel_size": 2}).run([text], max_tokens=4)
+    assert (cold["cached"], own["cached"], loaded["cached"]) == ([0], [12 * BLOCK_TOKENS], [12 * BLOCK_TOKENS])
+    assert loaded["tokens"] == own["tokens"] == cold["tokens"]
+    assert loaded["logprobs"] == own["logprobs"]
+
+
 def test_a_daemon_killed_under_a_running_engine_fails_no_request(start: Start, engine: Begin) -> None:
     """kill -9 with requests in every state: all end as they should, and hits return without an engine restart."""
     daemon = start(**ROOM)
