@@ -15,6 +15,8 @@ if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
 BLOCK_TOKENS = 32
+PATIENCE = {"lookup_seconds_max": 5.0, "transfer_seconds_max": 10.0}
+"""With a daemon that has a core for itself only now and then."""
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +53,7 @@ def transfer(socket: Path, **options: Any) -> dict[str, Any]:
         "kv_connector_module_path": "tierd_engine.connectors.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"socket": str(socket), "lookup_seconds_max": 5.0, **options},
+        "kv_connector_extra_config": {"socket": str(socket), **PATIENCE, **options},
     }
 
 
