@@ -6,9 +6,7 @@ ttft        time to the first token of a prompt whose 2,000 tokens are computed,
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.daemon.harness import Daemon, settings
+from tests.vllm.conftest import transfer
 from tests.vllm.engine import Engine
 from tierd.block import chain, split
 from tierd.client import Client
@@ -29,6 +28,8 @@ PROMPT_TOKENS, BLOCK_TOKENS = 128 * 1024, 16
 ROUNDS = 200
 SMOL = Path(".build/models/SmolLM2-135M-Instruct")
 PREFIX_TOKENS, SMOL_BLOCK = 2016, 32
+SMOL_TOKEN_BYTES = 30 * 2 * 3 * 64 * 4
+"""Layers, keys and values, heads, numbers of a head, bytes."""
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
 def scheduler() -> None:
     """Look-ups of a long prompt, all of it cached, and steps in which nothing is to be done."""
     from tierd_engine.connectors.vllm.scheduler import SchedulerSide
+    from tierd_engine.connectors.vllm.shards import Shards
 
     layout = Layout(1, 1, 64, "uint8", block_tokens=BLOCK_TOKENS, kv_parts=1)
     hashes = chain(list(range(PROMPT_TOKENS + 1)), BLOCK_TOKENS)
@@ -47,7 +49,9 @@ def scheduler() -> None:
         filler = Client(served.socket, model="bench", layout=layout)
         pool = np.zeros((blocks, layout.block_bytes), np.uint8)
         assert filler.store(hashes, pool, np.arange(blocks)).stored == blocks
-        side = SchedulerSide(Client(served.socket, model="bench", layout=layout), BLOCK_TOKENS, True, True, True, 1 << 20)
+        side = SchedulerSide(
+            Shards([Client(served.socket, model="bench", layout=layout)]), BLOCK_TOKENS, True, True, True, 1 << 20
+        )
         found: list[float] = []
         for number in range(ROUNDS):
             request = running(str(number), hashes, computed=0)
@@ -68,12 +72,16 @@ def scheduler() -> None:
 
 
 def ttft() -> None:
-    """SmolLM2 in fp32; every figure is the median over prompts of their own, each with one token to say."""
+    """SmolLM2 in fp32; every figure is of prompts of their own, each with one token to say.
+
+    Every prompt is asked for twice: the second time it is in vLLM's own cache. Pages are for five prompts, so that the second
+    round of a life finds pages that were used before, and no prompt of the first round.
+    """
     import random
 
     from tierd_engine.model import write_safetensors
 
-    prompts = [random.Random(seed).choices(range(1000, 40000), k=PREFIX_TOKENS + 8) for seed in range(8)]
+    prompts = [random.Random(seed).choices(range(1000, 40000), k=PREFIX_TOKENS + 8) for seed in range(6)]
     with tempfile.TemporaryDirectory(prefix="tierd-", dir="/tmp") as folder, daemon(cpu_bytes=2 << 30) as served:
         model = Path(folder, "model")
         write_safetensors(SMOL, model)
@@ -84,35 +92,33 @@ def ttft() -> None:
             "max_model_len": 4096,
             "max_num_seqs": 1,
             "max_num_batched_tokens": 4096,
-            "kv_cache_memory_bytes": 2 << 30,
+            "kv_cache_memory_bytes": 512 << 20,
             "enforce_eager": True,
-        }
-        tierd = {
-            "kv_connector": "TierdConnector",
-            "kv_connector_module_path": "tierd_engine.connectors.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"socket": str(served.socket)},
         }
         files = {
             "kv_connector": "ExampleConnector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"shared_storage_path": f"{folder}/files"},
         }
-        connectors = {"tierd": tierd, "ExampleConnector": files}
-        for name, transfer in connectors.items() if len(sys.argv) < 3 else [(sys.argv[2], connectors[sys.argv[2]])]:
-            for life in ("computed", "loaded"):
-                with Engine(Path(folder, "log"), **arguments, kv_transfer_config=transfer) as engine:
+        connectors = {"tierd": transfer(served.socket), "ExampleConnector": files}
+        wanted = sys.argv[2:] or list(connectors)
+        for name in wanted:
+            for life, rounds in (("computed", 1), ("loaded", 3)):
+                with Engine(Path(folder, "log"), apart=True, **arguments, kv_transfer_config=connectors[name]) as engine:
                     engine.run([list(range(2, 40))])  # what is set up with the first request
-                    first = [engine.run([prompt]) for prompt in prompts]
-                    report(f"{name}: {life}, cached {first[-1]['cached'][0]}", [answer["seconds"] for answer in first])
-                    if name == "tierd" and life == "computed":
-                        own = [engine.run([prompt]) for prompt in prompts]
-                        report(f"vLLM's own cache, cached {own[-1]['cached'][0]}", [answer["seconds"] for answer in own])
-        kept = subprocess.run(["du", "-sm", f"{folder}/files"], capture_output=True, text=True, check=False).stdout
-        print(
-            json.dumps({"files MiB": kept.split()[0] if kept else None, "tierd": served.status()["tiers"]["cpu"]["used_bytes"]})
-        )
+                    for number in range(1, rounds + 1):
+                        answers = [(engine.run([prompt]), engine.run([prompt])) for prompt in prompts]
+                        for what, each in zip((life, "vLLM's own cache"), zip(*answers, strict=True), strict=True):
+                            cached = {answer["cached"][0] for answer in each}
+                            report(f"{name}, round {number}: {what}, cached {cached}", [answer["seconds"] for answer in each])
+        if blocks := served.status()["tiers"]["cpu"]["slots"].get("ready", 0) // len(prompts):
+            report(f"memcpy of {blocks} blocks", memcpys(blocks))
+
+
+def memcpys(blocks: int) -> list[float]:
+    """The time that copying so many blocks takes by one memcpy, in memory that was touched before and is in no cache."""
+    source, target = (np.ones((blocks, SMOL_BLOCK * SMOL_TOKEN_BYTES), np.uint8) for _ in range(2))
+    return [seconds(lambda: np.copyto(target, source)) for _ in range(20)]
 
 
 class daemon:  # noqa: N801

@@ -15,11 +15,18 @@ if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
 BLOCK_TOKENS = 32
+PATIENCE = {"lookup_seconds_max": 5.0, "transfer_seconds_max": 10.0}
+"""With a daemon that has a core for itself only now and then."""
 
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with weights so large (std 0.25) that one wrong block changes what it says."""
+    return write_random_model(tmp_path_factory.mktemp("model"))
+
+
+def write_random_model(folder: Path) -> Path:
+    """Into an empty folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +42,6 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=4096,
         initializer_range=0.25,
     )
-    folder = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -47,7 +53,7 @@ def transfer(socket: Path, **options: Any) -> dict[str, Any]:
         "kv_connector_module_path": "tierd_engine.connectors.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"socket": str(socket), "lookup_seconds_max": 5.0, **options},
+        "kv_connector_extra_config": {"socket": str(socket), **PATIENCE, **options},
     }
 
 

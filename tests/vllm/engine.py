@@ -23,11 +23,13 @@ ANSWER_SECONDS_MAX = 120.0
 
 
 class Engine:
-    """The process, seen from a test."""
+    """The process, seen from a test. As a server has it, vLLM's core is in another process: `apart`."""
 
-    def __init__(self, log: Path, **arguments: Any) -> None:
+    def __init__(self, log: Path, apart: bool = False, **arguments: Any) -> None:
         command = [sys.executable, "-m", "tests.vllm.engine", json.dumps(arguments)]
-        environ = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO"}
+        environ = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)), "VLLM_LOGGING_LEVEL": "INFO"}
+        if arguments.get("tensor_parallel_size", 1) > 1:
+            environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # a core for each worker
         self._log = log
         with open(log, "ab") as errors:
             self.process = subprocess.Popen(

@@ -7,6 +7,7 @@ one that is another request's, was never loaded, or was overwritten meanwhile, e
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
@@ -38,10 +40,16 @@ STEPS_SECONDS_MAX = 60.0
 
 
 class House:
-    """One engine: scheduler, worker, and the pages between them."""
+    """One engine: scheduler, workers (each with its part of every page), and the pages between them."""
 
     def __init__(
-        self, model: Path, transfer: dict[str, Any], pages: int = 64, asynchronous: bool = False, **arguments: Any
+        self,
+        model: Path,
+        transfer: dict[str, Any],
+        pages: int = 64,
+        asynchronous: bool = False,
+        workers: int = 1,
+        **arguments: Any,
     ) -> None:
         given = {"max_num_seqs": 8, "max_model_len": 2048, "max_num_batched_tokens": 512, **arguments}
         self.config = EngineArgs(
@@ -51,6 +59,7 @@ class House:
             block_size=BLOCK,
             kv_transfer_config=transfer,
             async_scheduling=asynchronous,
+            tensor_parallel_size=workers,
             **given,
         ).create_engine_config()
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=WIDTH // 2, dtype=torch.float32)
@@ -59,9 +68,15 @@ class House:
         groups = [KVCacheGroupSpec(list(LAYERS), spec)]
         self.kv_cache_config = KVCacheConfig(pages, tensors, groups, kv_cache_layout="LBHNC", hash_block_size=BLOCK)
         self.config.cache_config.num_gpu_blocks = pages
-        self.caches = {name: torch.full((pages, 1, BLOCK, WIDTH), -1, dtype=torch.int32) for name in LAYERS}
-        self.connector = TierdConnector(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
-        self.connector.register_kv_caches(self.caches)
+        self.caches = [
+            {name: torch.full((pages, 1, BLOCK, WIDTH), -1, dtype=torch.int32) for name in LAYERS} for _ in range(workers)
+        ]
+        self.connectors = [
+            TierdConnector(as_rank(self.config, rank), KVConnectorRole.WORKER, self.kv_cache_config) for rank in range(workers)
+        ]
+        for connector, caches in zip(self.connectors, self.caches, strict=True):
+            connector.register_kv_caches(caches)
+        self._together = KVOutputAggregator(workers)
         make = self.config.scheduler_config.get_scheduler_cls()
         self.scheduler = make(
             vllm_config=self.config,
@@ -84,6 +99,11 @@ class House:
         """Why each request has ended."""
         self._wrong: dict[str, str] = {}
         self._ids = 0
+
+    @property
+    def connector(self) -> TierdConnector:
+        """The first worker's."""
+        return self.connectors[0]
 
     @property
     def side(self) -> Any:
@@ -150,20 +170,25 @@ class House:
     def close(self) -> None:
         """End both sessions."""
         self.scheduler.shutdown()
-        self.connector.shutdown()
+        for connector in self.connectors:
+            connector.shutdown()
 
     # -- the worker ---------------------------------------------------------------------------------------------------
 
     def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         self._take_pages(output)
-        kv_transfer_state._KV_CONNECTOR_AGENT = self.connector
-        names, sampled = list(output.num_scheduled_tokens), []
-        self._wrong = {}
-        with (
-            set_forward_context(None, self.config),
-            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output) as said,
-        ):
-            sampled += [self._compute(name, self._at[name], output.num_scheduled_tokens[name]) for name in names]
+        names, results, self._wrong = list(output.num_scheduled_tokens), [], {}
+        for rank, connector in enumerate(self.connectors):
+            kv_transfer_state._KV_CONNECTOR_AGENT = connector
+            with (
+                set_forward_context(None, self.config),
+                KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output) as said,
+            ):
+                for name in names:
+                    self._compute(rank, name, self._at[name], output.num_scheduled_tokens[name])
+            results.append(ModelRunnerOutput([], {}, kv_connector_output=said))
+        said = (self._together.aggregate(results) if len(results) > 1 else results[0]).kv_connector_output
+        sampled = [self._say(name, self._at[name], output.num_scheduled_tokens[name]) for name in names]
         for name, message in self._wrong.items():  # a load within the step has failed, and vLLM throws the result away
             assert said.invalid_block_ids & set(self._pages[name]), message
             self.computed[name] -= output.num_scheduled_tokens[name]
@@ -184,23 +209,35 @@ class House:
             elif pages is not None:
                 self._pages[name] += pages[0]
 
-    def _compute(self, name: str, first: int, count: int) -> list[int]:
-        """Read what is said to be computed, write what is not, and say the next token where the prompt is complete."""
+    def _compute(self, rank: int, name: str, first: int, count: int) -> None:
+        """Read what is said to be computed, and write what is not."""
         tokens, pages = self.tokens[name], self._pages[name]
         numbers = torch.tensor(chain(tokens[: first + count]), dtype=torch.int32)
         assert len(numbers) == first + count, f"{name}: {first} + {count} positions of {len(tokens)} tokens"
         where = torch.tensor(pages)[torch.arange(first + count) // BLOCK], torch.arange(first + count) % BLOCK
-        for at, cache in enumerate(self.caches.values()):
+        for at, cache in enumerate(self.caches[rank].values(), rank * len(LAYERS)):
             read = cache[where[0], 0, where[1]][:first]
             wrong = (read != (numbers[:first, None] + at)).any(1).nonzero()
             if len(wrong):
                 self._wrong[name] = f"{name}: wrong KV at position {int(wrong[0])} of {first} computed ones"
             cache[where[0][first:], 0, where[1][first:]] = numbers[first:, None] + at
+
+    def _say(self, name: str, first: int, count: int) -> list[int]:
+        """The next token, where the prompt is complete."""
+        tokens = self.tokens[name]
         self.computed[name] += count
         if first + count < len(tokens):
             return []
-        tokens.append(spoken(int(numbers[-1])))
+        tokens.append(spoken(chain(tokens)[-1]))
         return [tokens[-1]]
+
+
+def as_rank(config: Any, rank: int) -> Any:
+    """The configuration as the worker of that rank has it."""
+    config, parallel = copy.copy(config), copy.copy(config.parallel_config)
+    object.__setattr__(parallel, "rank", rank)
+    object.__setattr__(config, "parallel_config", parallel)
+    return config
 
 
 def chain(tokens: list[int]) -> list[int]:
@@ -226,10 +263,13 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 class Flaky:
-    """A client whose loads stop after some blocks, and leave rubbish in the pages behind; everything else is the real one's."""
+    """A client whose loads stop after some blocks and leave rubbish in the pages behind, and whose stores may stop, too.
 
-    def __init__(self, client: Any, good: int) -> None:
-        self._client, self.good, self.loads = client, good, 0
+    Everything else is the real one's.
+    """
+
+    def __init__(self, client: Any, good: int, stored: int | None = None) -> None:
+        self._client, self.good, self.loads, self._stored = client, good, 0, stored
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -242,3 +282,8 @@ class Flaky:
         for parts in pool._parts:
             parts[torch.from_numpy(pages[good:])] = 0x0BAD_0BAD
         return int(arrived)
+
+    def store(self, hashes: bytes, pool: Any, pages: Any, parent: bytes) -> Any:
+        """As many as there is room for."""
+        room = len(pages) if self._stored is None else self._stored
+        return self._client.store(hashes[: 32 * room], pool, pages[:room], parent)

@@ -93,7 +93,8 @@ def test_other_weights_in_the_same_place_are_another_model(house: House, random_
         ("kv_transfer_config.kv_load_failure_policy", "fail", '"kv_load_failure_policy": "recompute"'),
         ("cache_config.enable_prefix_caching", False, "leave out --no-enable-prefix-caching"),
         ("cache_config.prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo sha256_cbor"),
-        ("parallel_config.world_size", 2, "Use one worker per engine"),
+        ("parallel_config.world_size", 2, "Use --tensor-parallel-size only"),
+        ("parallel_config.decode_context_parallel_size", 2, "Use --tensor-parallel-size only"),
         ("speculative_config", SimpleNamespace(), "speculative decoding is on"),
     ],
 )
@@ -102,6 +103,21 @@ def test_what_would_go_wrong_is_refused_with_the_remedy(house: House, name: str,
     check_supported(house.config, house.kv_cache_config)
     with pytest.raises(ValueError, match=remedy):
         check_supported(changed(house.config, name, value), house.kv_cache_config)
+
+
+def test_a_worker_has_its_own_part_of_every_block(house: House) -> None:
+    """Blocks of one rank are not those of another, nor the whole ones of an engine with one worker."""
+    two = changed(house.config, "parallel_config.tensor_parallel_size", 2)
+    names = {model_name(config, house.kv_cache_config, rank=rank) for config, rank in [(house.config, 0), (two, 0), (two, 1)]}
+    assert len(names) == 3
+
+
+def test_workers_that_share_a_model_do_not_load_within_a_step(house: House) -> None:
+    """A load that fails at one of them spoils what the others compute, and they do not know."""
+    two = changed(changed(house.config, "parallel_config.tensor_parallel_size", 2), "parallel_config.world_size", 2)
+    check_supported(two, house.kv_cache_config, "async")
+    with pytest.raises(ValueError, match='Leave out "load": "sync"'):
+        check_supported(two, house.kv_cache_config, "sync")
 
 
 def test_several_groups_are_refused(house: House) -> None:

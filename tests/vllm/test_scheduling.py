@@ -67,6 +67,39 @@ def test_a_second_engine_computes_only_what_is_not_in_tierd(build: Build, load: 
     assert second.run(whole[: 12 * BLOCK + 1]) == 1, "what was said is stored, too"
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_workers_that_share_a_model_load_their_own_parts(build: Build, ahead: bool) -> None:
+    """Tensor parallelism: every worker finds what it wrote, and none what another did."""
+    first, second = build(workers=2, asynchronous=ahead), build(workers=2, asynchronous=ahead)
+    text = prompt(30, 10)
+    assert first.run(text, max_tokens=70) == len(text) + 69
+    assert second.run(text, max_tokens=70) == 5 + 69
+    assert build().run(text) == len(text), "the whole of a block is not the part of it"
+
+
+@pytest.mark.parametrize("good", [(0, 10), (10, 4), (3, 7)])
+def test_a_block_of_which_one_part_did_not_arrive_is_computed(build: Build, good: tuple[int, int]) -> None:
+    """Whichever worker it is that lost it, and whenever it says so."""
+    text = prompt(31, 10)
+    build(workers=2).run(text)
+    house = build(workers=2)
+    for connector, blocks in zip(house.connectors, good, strict=True):
+        connector.worker.client = Flaky(connector.worker.client, blocks)  # type: ignore[assignment]
+    assert house.run(text, max_tokens=3) >= len(text) + 2 - min(good) * BLOCK
+    assert house.side._failures == 1
+
+
+def test_a_block_of_which_one_part_was_not_stored_is_not_offered(build: Build) -> None:
+    """It is there for nobody until both are, and then for everybody."""
+    text = prompt(32, 10)
+    house = build(workers=2)
+    client = house.connectors[1].worker.client
+    house.connectors[1].worker.client = Flaky(client, 10, stored=4)  # type: ignore[assignment]
+    house.run(text)
+    assert build(workers=2).run(text) == 6 * BLOCK + 5
+    assert build(workers=2).run(text) == 5
+
+
 def test_of_a_full_hit_the_last_block_is_computed(build: Build) -> None:
     """As with vLLM's own prefix cache: somebody has to say what comes next."""
     text = prompt(2, 6, more=0)
@@ -88,6 +121,19 @@ def test_blocks_that_do_not_arrive_are_computed_once_and_not_asked_for_again(bui
     flaky.good = 10
     house.forget()
     assert house.run(text, max_tokens=3) == 5 + 2, "what one request lost is offered to the next"
+
+
+@pytest.mark.parametrize("good", [0, 4, 9])
+def test_where_a_failed_load_fails_the_request_nothing_leaks(build: Build, good: int) -> None:
+    """vLLM's other policy, which is refused at start: the request ends with an error, its pages and lease are free."""
+    text = prompt(33, 10)
+    build().run(text)
+    house = build()
+    house.scheduler.recompute_kv_load_failures = False
+    house.connector.worker.client = Flaky(house.connector.worker.client, good)  # type: ignore[assignment]
+    name = house.add(text)
+    house.finish()
+    assert house.ended[name] == "error" and house.computed[name] == 0
 
 
 def test_a_daemon_killed_between_look_up_and_load_costs_a_computation(build: Build, daemon: Daemon) -> None:

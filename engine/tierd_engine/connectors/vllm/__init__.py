@@ -16,6 +16,7 @@ from tierd_engine.connectors.vllm.messages import Done, Work
 from tierd_engine.connectors.vllm.options import Options
 from tierd_engine.connectors.vllm.pages import LayerPages
 from tierd_engine.connectors.vllm.scheduler import SchedulerSide
+from tierd_engine.connectors.vllm.shards import Shards
 from tierd_engine.connectors.vllm.stats import TierdMetrics, TierdStats
 from tierd_engine.connectors.vllm.worker import WorkerSide
 
@@ -32,32 +33,36 @@ class TierdConnector(api.KVConnectorBase_V1, api.SupportsHMA):
         if api.VERSION not in api.TESTED:
             log.warning("TierdConnector was tested with vLLM %s, this is %s", ", ".join(api.TESTED), api.VERSION)
         transfer = self._kv_transfer_config
-        namespace.check_supported(vllm_config, kv_cache_config)
         self._options = options = Options.read(transfer.kv_connector_extra_config)
+        namespace.check_supported(vllm_config, kv_cache_config, options.load)
         self._layout = namespace.layout_of(kv_cache_config)
-        scheduling = role == api.KVConnectorRole.SCHEDULER
-        client = Client(
-            options.socket or None,
-            model=namespace.model_name(vllm_config, kv_cache_config, options.model_id),
-            layout=self._layout,
-            domain=options.domain or None,
-            deadline_seconds=options.lookup_seconds_max if scheduling else options.transfer_seconds_max,
-            name=f"vllm-{role.name.lower()}",
-        )
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        if scheduling:
+        parallel = vllm_config.parallel_config
+        if role == api.KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(
-                client,
+                Shards([self._client(rank, "scheduler", options.lookup_seconds_max) for rank in range(parallel.world_size)]),
                 self._layout.block_tokens,
                 asynchronous=options.load == "async",
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
                 saving_max=max(1, int(kv_cache_config.num_blocks * options.saving_share)),
             )
+            log.info("%r, blocks of %d bytes", self._scheduler.shards, self._layout.block_bytes * parallel.world_size)
         else:
-            self._worker = WorkerSide(client, options)
-        log.info("%r as %s, blocks of %d bytes", client.session, role.name.lower(), self._layout.block_bytes)
+            self._worker = WorkerSide(self._client(parallel.rank, "worker", options.transfer_seconds_max), options)
+            log.info("%r, worker %d, blocks of %d bytes", self._worker.client.session, parallel.rank, self._layout.block_bytes)
+
+    def _client(self, rank: int, name: str, deadline_seconds: float) -> Client:
+        """A session for what the worker of that rank has of every block."""
+        return Client(
+            self._options.socket or None,
+            model=namespace.model_name(self._vllm_config, self._kv_cache_config, self._options.model_id, rank),
+            layout=self._layout,
+            domain=self._options.domain or None,
+            deadline_seconds=deadline_seconds,
+            name=f"vllm-{name}",
+        )
 
     @property
     def requires_kv_delivery(self) -> bool:

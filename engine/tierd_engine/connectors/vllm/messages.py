@@ -39,17 +39,24 @@ class Work(KVConnectorMetadata):
 
 @dataclass
 class Done(KVConnectorWorkerMetadata):
-    """Runs that have ended, by their numbers: how many of their leading blocks arrived (loads), or are in tierd (saves)."""
+    """Runs that have ended, by their numbers: how many of their leading blocks arrived (loads), or are in tierd (saves).
 
-    loads: dict[int, int] = field(default_factory=dict)
-    saves: dict[int, int] = field(default_factory=dict)
+    Each worker says so of its own part of every block, and beside it how many workers have: one.
+    """
+
+    loads: dict[int, tuple[int, int]] = field(default_factory=dict)
+    saves: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Done:
-        """Both together: of every worker's, since each has its own part of every block, the least."""
+        """What several workers say: a block is there if all its parts are, so the least counts."""
         assert isinstance(other, Done)
         return Done(least(self.loads, other.loads), least(self.saves, other.saves))
 
 
-def least(mine: dict[int, int], theirs: dict[int, int]) -> dict[int, int]:
-    """Every run of either, with the smaller count."""
-    return {**theirs, **mine, **{number: min(mine[number], theirs[number]) for number in mine.keys() & theirs.keys()}}
+def least(mine: dict[int, tuple[int, int]], theirs: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Every run of either, with the smaller count of blocks, and the workers of both."""
+    both = {
+        number: (min(mine[number][0], theirs[number][0]), mine[number][1] + theirs[number][1])
+        for number in mine.keys() & theirs.keys()
+    }
+    return {**theirs, **mine, **both}

@@ -18,7 +18,7 @@ CONFIG_NOISE = {"_name_or_path", "_commit_hash", "transformers_version", "archit
 ALGORITHMS = ("sha256", "sha256_cbor")
 
 
-def check_supported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def check_supported(config: VllmConfig, kv_cache_config: KVCacheConfig, load: str = "async") -> None:
     """Raise ValueError, with what to do, for what the connector would get wrong or cannot do yet."""
     transfer, cache, parallel = config.kv_transfer_config, config.cache_config, config.parallel_config
     assert transfer is not None
@@ -40,9 +40,14 @@ def check_supported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
             "Add --prefix-caching-hash-algo sha256_cbor",
         ),
         (
-            parallel.world_size > 1,
-            f"the model runs on {parallel.world_size} workers (tensor or pipeline parallel): the daemon does not put a block "
-            "together from several workers' parts yet. Use one worker per engine",
+            parallel.world_size != parallel.tensor_parallel_size or parallel.decode_context_parallel_size > 1,
+            f"the model runs on {parallel.world_size} workers, and not by tensor parallelism alone: they divide the layers or "
+            "tokens of a block, which the connector does not put together. Use --tensor-parallel-size only",
+        ),
+        (
+            parallel.world_size > 1 and load == "sync",
+            "a synchronous load that fails at one worker spoils what the others compute in the same step, and they would store "
+            'it. Leave out "load": "sync"',
         ),
         (
             len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec),
@@ -78,8 +83,8 @@ def layout_of(kv_cache_config: KVCacheConfig) -> Layout:
     return Layout(len(group.layer_names), 1, token_bytes, "uint8", block_tokens=spec.block_size, kv_parts=1)
 
 
-def model_name(config: VllmConfig, kv_cache_config: KVCacheConfig, model_id: str = "") -> str:
-    """A name that is the same for engines whose blocks are interchangeable, and for no others.
+def model_name(config: VllmConfig, kv_cache_config: KVCacheConfig, model_id: str = "", rank: int = 0) -> str:
+    """A name that is the same for engines whose blocks are interchangeable, and for no others; `rank` is the worker's.
 
     `model_id` names the weights; without it a local directory is known by its weight files' names, sizes and times, anything
     else by its name and revision.
@@ -101,6 +106,7 @@ def model_name(config: VllmConfig, kv_cache_config: KVCacheConfig, model_id: str
         "kv_layout": kv_cache_config.kv_cache_layout,
         "kv_spec": repr(group.kv_cache_spec),
         "layers": group.layer_names,
+        "part": f"{rank} of {config.parallel_config.tensor_parallel_size}",
         "hash": config.cache_config.prefix_caching_hash_algo,
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from tierd.block import ROOT
-from tierd.client import Client, Lookup
 from tierd_engine.connectors.vllm.api import CacheHitSource, block_ids
 from tierd_engine.connectors.vllm.messages import Done, Run, Work
 from tierd_engine.connectors.vllm.options import Wishes
+from tierd_engine.connectors.vllm.shards import Found, Shards
 from tierd_engine.connectors.vllm.stats import TierdStats
 
 AGAIN_SECONDS = 1.0
@@ -36,7 +36,7 @@ class Tracked:
     wishes: Wishes
     stored: int = 0
     again: float = 0.0
-    found: Lookup | None = None
+    found: Found | None = None
     local: int = 0
     offered: int = 0
     in_memory: int = 0
@@ -58,7 +58,7 @@ class Saving:
 class SchedulerSide:
     """Used by the scheduler's thread only. `pages` is vLLM's pool of blocks, bound after construction."""
 
-    client: Client
+    shards: Shards
     block_tokens: int
     asynchronous: bool
     loads: bool
@@ -68,6 +68,8 @@ class SchedulerSide:
     stats: TierdStats = field(default_factory=TierdStats)
     _requests: dict[str, Tracked] = field(default_factory=dict)
     _loading: dict[int, tuple[Tracked, int]] = field(default_factory=dict)
+    _heard: Done = field(default_factory=Done)
+    """What some workers have said, and others not yet."""
     _saving: dict[int, Saving] = field(default_factory=dict)
     _saving_pages: int = 0
     _work: Work = field(default_factory=Work)
@@ -146,8 +148,11 @@ class SchedulerSide:
     # -- what the workers say -----------------------------------------------------------------------------------------
 
     def done(self, done: Done) -> None:
-        """Runs have ended."""
-        for number, arrived in done.loads.items():
+        """Runs have ended, at some workers or at all; a run has ended when it has at all."""
+        workers = len(self.shards.clients)
+        self._heard = self._heard.aggregate(done)
+        for number in [number for number, (_, said) in self._heard.loads.items() if said == workers]:
+            arrived, _ = self._heard.loads.pop(number)
             tracked, count = self._loading.pop(number)
             tracked.loading = False
             self._let_go(tracked)
@@ -155,7 +160,8 @@ class SchedulerSide:
                 self._failures += 1
                 tracked.lost = True
                 tracked.stored = min(tracked.stored, tracked.local + arrived)
-        for number, kept in done.saves.items():
+        for number in [number for number, (_, said) in self._heard.saves.items() if said == workers]:
+            kept, _ = self._heard.saves.pop(number)
             saving = self._saving.pop(number)
             self._saving_pages -= len(saving.pages)
             self.pages.free_blocks(reversed(saving.pages))
@@ -168,7 +174,7 @@ class SchedulerSide:
         """Give back every lease."""
         for tracked in [*self._requests.values(), *(tracked for tracked, _ in self._loading.values())]:
             self._let_go(tracked)
-        self.client.close()
+        self.shards.close()
 
     def check_idle(self) -> None:
         """Raise AssertionError if anything is held although all requests have ended."""
@@ -184,7 +190,7 @@ class SchedulerSide:
     def _look_up(self, tracked: Tracked, hashes: Sequence[bytes]) -> None:
         """Lease what tierd has of the whole chain: the head, too, since what is there need not be stored."""
         began = perf_counter()
-        found = self.client.lookup(b"".join(hashes))
+        found = self.shards.lookup(b"".join(hashes))
         self.stats.count("lookups")
         self.stats.count("lookup_seconds", perf_counter() - began)
         self.stats.count("lookup_blocks", found.blocks, "hit")

@@ -77,10 +77,10 @@ class WorkerSide:
                 if result in ("loaded", "stored"):
                     outcome.stats.count("copied_bytes", count * block_bytes, result)
             if what == "saves":
-                outcome.done.saves[run.number] = blocks.get("stored", 0) + blocks.get("present", 0)
+                outcome.done.saves[run.number] = blocks.get("stored", 0) + blocks.get("present", 0), 1
                 continue
             arrived = blocks["loaded"]
-            outcome.done.loads[run.number] = arrived
+            outcome.done.loads[run.number] = arrived, 1
             outcome.bad_pages.update(run.pages[arrived:].tolist())
             if self.options.load == "async":
                 outcome.loaded.add(run.request_id)
