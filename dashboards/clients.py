@@ -33,6 +33,12 @@ def integrity() -> list[Panel]:
             by("instance", rate("tierd_checksum_failures_total")),
         ),
         graph(
+            "Scrubbed",
+            "short",
+            "Blocks a second that `tierd scrub` has read, by what it found. No data: no pass has run.",
+            by("outcome", rate("tierd_scrubbed_blocks_total")),
+        ),
+        graph(
             "Failed transfers",
             "short",
             "Blocks a second whose transfer failed. io_error: the medium refused; mismatch: it returned other bytes.",

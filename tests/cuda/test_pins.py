@@ -79,7 +79,7 @@ def until(so: Callable[[], bool]) -> None:
 
 def test_a_segment_is_used_at_once_and_registered_meanwhile(tier: MemoryTier, device: Watched) -> None:
     """It is there before the driver has done anything; when it goes, it is given back to the driver before it is unmapped."""
-    segment = tier.create(NAMESPACE, 0)
+    segment = tier.create(NAMESPACE, 0, 1)
     address = segment.slots.ctypes.data
     segment.slots[:] = 1
     assert device.registered == []
@@ -91,7 +91,7 @@ def test_a_segment_is_used_at_once_and_registered_meanwhile(tier: MemoryTier, de
 
 def test_who_discards_a_segment_waits_for_its_registration(tier: MemoryTier, device: Watched) -> None:
     """The driver is at it: nothing is unmapped under its hands."""
-    segment = tier.create(NAMESPACE, 0)
+    segment = tier.create(NAMESPACE, 0, 1)
     address = segment.slots.ctypes.data
     until(lambda: device.asked == [address])
     with ThreadPoolExecutor(1) as other:
@@ -104,7 +104,7 @@ def test_who_discards_a_segment_waits_for_its_registration(tier: MemoryTier, dev
 
 def test_a_segment_that_goes_before_its_turn_is_never_registered(tier: MemoryTier, device: Watched) -> None:
     """The driver is busy with another one: nobody waits for that, and the one that is gone is not touched."""
-    first, second = tier.create(NAMESPACE, 0), tier.create(NAMESPACE, 1)
+    first, second = tier.create(NAMESPACE, 0, 1), tier.create(NAMESPACE, 1, 1)
     until(lambda: bool(device.asked))
     tier.discard(second)
     device.go.set()
@@ -114,7 +114,7 @@ def test_a_segment_that_goes_before_its_turn_is_never_registered(tier: MemoryTie
 
 def test_an_adopted_segment_is_registered_too(tier: MemoryTier, device: Watched) -> None:
     """What an earlier life left is as fast as what is new."""
-    segment = tier.create(NAMESPACE, 0)
+    segment = tier.create(NAMESPACE, 0, 1)
     adopted = tier.adopt(os.dup(segment.directory_fd), os.dup(segment.slots_fd))
     device.go.set()
     until(lambda: device.registered == [segment.slots.ctypes.data, adopted.slots.ctypes.data])
@@ -128,7 +128,7 @@ def test_where_the_driver_refuses_everything_goes_on_and_it_is_said_once(
     """Copies are slower then; nothing is given back that was not taken."""
     device.refuses = True
     device.go.set()
-    segments = [tier.create(NAMESPACE, ordinal) for ordinal in range(3)]
+    segments = [tier.create(NAMESPACE, ordinal, 1) for ordinal in range(3)]
     until(lambda: len(device.asked) == 3)
     for segment in segments:
         tier.discard(segment)

@@ -34,7 +34,9 @@ class Terminal:
         self.before = termios.tcgetattr(self._theirs)
         command = [sys.executable, "-m", "tierd", "top", "--interval", "0.2", "--runtime-dir", str(daemon.runtime)]
         files = {"stdin": self._theirs, "stdout": self._theirs, "stderr": self._theirs}
-        self.process = subprocess.Popen(command, env=os.environ | {"TERM": "xterm-256color"}, **files)  # type: ignore[call-overload]
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        environment["TERM"] = "xterm-256color"
+        self.process = subprocess.Popen(command, env=environment, **files)  # type: ignore[call-overload]
         self._received = b""
 
     @property
