@@ -35,7 +35,7 @@ def integrity() -> list[Panel]:
         graph(
             "Scrubbed",
             "short",
-            "Blocks a second that `tierd scrub` has read, by what it found. No data: no pass has run.",
+            "Blocks a second that `tierd scrub` has read, by what it found.",
             by("outcome", rate("tierd_scrubbed_blocks_total")),
         ),
         graph(

@@ -74,7 +74,7 @@ def converse(daemon: Daemon, model: str, stop: Event) -> None:
 
 
 def damage(daemon: Daemon, stop: Event) -> None:
-    """Once in a while the middle of a segment file is zeros."""
+    """Once in a while the middle of a segment file is zeros; scrubbing finds it, unless a load did."""
     due = monotonic_seconds() + DAMAGE_EVERY_SECONDS / 2
     while not stop.wait(0.1):
         files = sorted((daemon.state / "nvme").rglob("*.slots"))
@@ -82,4 +82,5 @@ def damage(daemon: Daemon, stop: Event) -> None:
             with open(files[0], "r+b", buffering=0) as file:
                 file.seek(SEGMENT_BYTES // 4)
                 file.write(bytes(SEGMENT_BYTES // 2))
+            daemon.run("scrub", "start")
             due += DAMAGE_EVERY_SECONDS
