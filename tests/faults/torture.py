@@ -81,9 +81,11 @@ class Torture:
                 assert pipe
                 pipe.close()
 
-    def run(self, kills: int, say: Callable[[Torture], None] | None = None) -> None:
-        """Kill so many times, and check everything at the end; `say` is called after each."""
-        while self.kills < kills:
+    def run(self, kills: int, say: Callable[[Torture], None] | None = None, moving: int = 0) -> None:
+        """Kill so many times, or up to twice as often until so many kills met transfers in flight (a busy machine lets few
+        clients come back between kills), and check everything at the end; `say` is called after each.
+        """
+        while self.kills < kills or (self.moving < moving and self.kills < 2 * kills):
             self.one_kill()
             if self.random.random() < CHECK_SHARE:
                 self.check(idle_kill=self.random.random() < IDLE_SHARE)
