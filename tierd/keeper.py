@@ -347,7 +347,8 @@ class Keeper:
     def forget_empty(self) -> None:
         """Make room for other namespaces: those without sessions and segments have nothing to lose but their names.
 
-        Not while a medium has a segment of theirs: whoever purged them waits for its end, and the next life has their epoch of it.
+        Not while a medium has a segment of theirs: whoever purged them waits for its end, and a later life has their epoch of
+        it.
         """
         if any(self._takers):
             return  # one of them may be about to get a segment

@@ -11,10 +11,11 @@ import pytest
 from tests.unit.test_keeper import SEGMENT_BYTES, FaultyTier, full_of
 from tierd import clock
 from tierd.keeper import Keeper
-from tierd.scrub import IDLE, Scrub, Verifier
+from tierd.scrub import IDLE, Scrub
 from tierd.tiers.io.posix import PosixEngine
 from tierd.tiers.state import StateDirectory
 from tierd.tiers.tier import NvmeTier
+from tierd.tiers.verify import Verifier
 
 
 def test_a_scrub_that_fails_gives_up_no_block_and_does_not_keep_the_daemon_from_stopping(

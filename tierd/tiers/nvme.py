@@ -174,8 +174,8 @@ class FileSegment:
     def read(self, slots: Slots, buffers: Sequence[Buffer], digest: Digest = digests) -> NDArray[np.uint8]:
         """Fill each buffer from a slot and verify it; returns READ_OK, READ_FAILED or READ_DAMAGED per block.
 
-        What is not READ_OK must not be used; a damaged slot should not be used again in this life of the daemon. Somebody else
-        may have found it damaged since a read was begun: it is free then, nobody fills it, and the others of that read are good.
+        What is not READ_OK must not be used; a damaged slot should not be used again in this life of the daemon. Others may
+        have found it damaged since a read of it was decided: it is free then, nobody fills it. The rest of that read is good.
         """
         at = np.asarray(slots, dtype=np.int64)
         with self._lock:
