@@ -128,8 +128,8 @@ class Keeper:
             self.pump(space)
 
     def unwritten(self) -> int:
-        """Write-backs that are queued or under way."""
-        queues = [queue for space in self.spaces.values() for queue in space.cache.write_back.queues.values()]
+        """Write-backs that are queued or under way; the exporter's threads ask too."""
+        queues = [queue for space in list(self.spaces.values()) for queue in space.cache.write_back.queues.values()]
         return sum(map(len, queues)) + self.mover.in_flight[WRITE_BACK]
 
     async def sync(self, deadline: float) -> None:
@@ -382,7 +382,7 @@ class Keeper:
         total = Counter(self._failures)
         for space in list(self.spaces.values()):
             for segment in list(space.lower.segments.values()) if space.lower else ():
-                total.update(segment.failures)
+                total.update(dict(segment.failures))
         return total
 
     # -- the rest -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -204,3 +205,25 @@ def test_a_purged_namespace_is_not_forgotten_before_its_last_segment_is_gone() -
         await keeper.close()
 
     asyncio.run(scenario())
+
+
+def test_a_namespace_that_comes_while_a_scrape_counts_does_not_spoil_it() -> None:
+    """The exporter's threads go through the spaces of a loop that does not wait for them."""
+    keeper = Keeper([FaultyTier(1)], 1)
+    space_of(keeper, "first")
+
+    class Comes(Space):
+        """One that is met just before another one comes."""
+
+        @property
+        def cache(self) -> Any:
+            space_of(keeper, "another")
+            return self._cache
+
+        @cache.setter
+        def cache(self, cache: Any) -> None:
+            self._cache = cache
+
+    late = Namespace("test", "late", LAYOUT)
+    keeper.spaces[late.id] = Comes(late, keeper.tiers, 0.25, write_back=True)
+    assert keeper.unwritten() == 0 and len(keeper.spaces) == 3
