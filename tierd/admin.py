@@ -18,6 +18,7 @@ from tierd.scrub import Scrub
 from tierd.server import Connection
 from tierd.space import Space
 from tierd.status import Status
+from tierd.tiers.state import folder_of
 from tierd.wire.messages import Request
 
 GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
@@ -93,11 +94,19 @@ class Admin:
 
     async def _purge(self, prefix: str, shred: bool) -> dict[str, Any]:
         space = self._find(prefix)
+        self._check_reach(space)
         purging = asyncio.create_task(purge(self._keeper, space, shred))
         self._purging.add(purging)
         purging.add_done_callback(self._purged)
         done = await asyncio.shield(purging)  # whoever asked may leave: what was begun is finished
         return {"namespace": space.namespace.id, "epoch": space.epoch, "blocks": done.blocks, "segments": done.segments}
+
+    def _check_reach(self, space: Space) -> None:
+        """A daemon without an nvme tier does not know the files of a life that had one: the next such life would serve them."""
+        folder = folder_of(self._config.nvme.path, space.namespace)
+        if not space.lower and folder.is_dir() and any(folder.iterdir()):
+            remedy = "remove it, then purge again"
+            raise Invalid(f"purge: {folder} has blocks that this daemon cannot reach, its nvme.bytes is 0: {remedy}")
 
     def _purged(self, purging: asyncio.Task[Purged]) -> None:
         self._purging.discard(purging)

@@ -32,20 +32,17 @@ class Endurance:
         self._granted = 0
         """Bytes that the file counts as written in `_hour`, and that were not yet."""
         self._hour = 0
-        self._is_spent = False
-        self._hours: dict[int, int] = {}
-        for hour, number in (self._read() if bytes_per_day else {}).items():
-            hour = min(hour, now // HOUR_MS)  # a clock that was wrong then
-            self._hours[hour] = self._hours.get(hour, 0) + number
+        self._is_spent = self._is_unnoted = False
+        self._hours = until(now // HOUR_MS, self._read() if bytes_per_day else {})
 
     def left(self, wanted: int, now: int) -> int:
         """How many of `wanted` bytes may be written now."""
         if not self.bytes_per_day:
             return wanted
-        hour = max(now // HOUR_MS, *self._hours, 0)
+        hour = now // HOUR_MS
         if hour != self._hour:
             self._hours[self._hour] = self._hours.get(self._hour, 0) - self._granted
-            self._hours = {at: number for at, number in self._hours.items() if hour - HOURS < at}
+            self._hours = until(hour, self._hours)
             self._hour, self._granted = hour, 0
         if self._granted < wanted:
             self._grant(wanted - self._granted)
@@ -87,6 +84,20 @@ class Endurance:
             fresh.write_text(json.dumps({"hours": hours}) + "\n", encoding="utf-8")
             os.replace(fresh, self._path)
         except OSError as error:
-            log.warning("nothing is written to nvme: its budget cannot be noted", path=self._path, reason=error)
+            if not self._is_unnoted:  # it is asked again at every commit
+                log.warning("nothing is written to nvme: its budget cannot be noted", path=self._path, reason=error)
+            self._is_unnoted = True
             return False
+        self._is_unnoted = False
         return True
+
+
+def until(hour: int, hours: dict[int, int]) -> dict[int, int]:
+    """The hours that count in this one. Those that a wrong clock saw ahead of it are this one: else nothing would be written
+    until they have come.
+    """
+    counted: dict[int, int] = {}
+    for at, number in hours.items():
+        if hour - HOURS < at:
+            counted[min(at, hour)] = counted.get(min(at, hour), 0) + number
+    return counted

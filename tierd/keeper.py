@@ -128,8 +128,8 @@ class Keeper:
             self.pump(space)
 
     def unwritten(self) -> int:
-        """Write-backs that are queued or under way."""
-        queues = [queue for space in self.spaces.values() for queue in space.cache.write_back.queues.values()]
+        """Write-backs that are queued or under way; the exporter's threads ask too."""
+        queues = [queue for space in list(self.spaces.values()) for queue in space.cache.write_back.queues.values()]
         return sum(map(len, queues)) + self.mover.in_flight[WRITE_BACK]
 
     async def sync(self, deadline: float) -> None:
@@ -345,11 +345,15 @@ class Keeper:
         return not mappers
 
     def forget_empty(self) -> None:
-        """Make room for other namespaces: those without sessions and segments have nothing to lose but their names."""
+        """Make room for other namespaces: those without sessions and segments have nothing to lose but their names.
+
+        Not while a medium has a segment of theirs: whoever purged them waits for its end, and a later life has their epoch of
+        it.
+        """
         if any(self._takers):
             return  # one of them may be about to get a segment
         for space in list(self.spaces.values()):
-            if not space.sessions and not any(arena.segments or arena.growing for arena in space.arenas):
+            if not space.sessions and not any(arena.segments or arena.growing or arena.leaving for arena in space.arenas):
                 self.forgotten.update(space.cache.counters)
                 del self.spaces[space.namespace.id]
 
@@ -360,7 +364,10 @@ class Keeper:
         idle = [space for space in self.spaces.values() if not space.sessions]
         if not idle:
             return False
-        self.give_up(space := min(idle, key=lambda one: one.left_at), space.open_segments())
+        owners = [space for space in idle if any(arena.segments for arena in space.arenas)]
+        ends = len(owners) < len(idle) and any(self._given_up)  # one of them has only what a medium is removing
+        if owners and not ends:
+            self.give_up(space := min(owners, key=lambda one: one.left_at), space.open_segments())
         return True
 
     def give_up(self, space: Space, segments: list[tuple[int, int]]) -> None:
@@ -375,7 +382,7 @@ class Keeper:
         total = Counter(self._failures)
         for space in list(self.spaces.values()):
             for segment in list(space.lower.segments.values()) if space.lower else ():
-                total.update(segment.failures)
+                total.update(dict(segment.failures))
         return total
 
     # -- the rest -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tierd import clock
 from tierd.core import scrub
-from tierd.core.plan import IO_ERROR, Slots
+from tierd.core.plan import Slots
 from tierd.errors import Invalid
 from tierd.keeper import Keeper
 from tierd.log import get_logger
@@ -27,6 +27,8 @@ from tierd.tiers.verify import Verifier
 log = get_logger("scrub")
 BATCH_SECONDS = 0.25
 """What one batch may take at the rate: a pause is obeyed, and the disk is left to others, at least this often."""
+NOT_READ = 255
+"""An outcome that is none: a block is not given up because somebody failed to look at it."""
 IDLE, RUNNING, PAUSED = "idle", "running", "paused"
 
 
@@ -87,11 +89,15 @@ class Scrub:
 
     async def _run(self) -> None:
         log.info("scrub begins", bytes_per_second=self.bytes_per_second)
-        for space in list(self._keeper.spaces.values()):
-            if space.lower:
-                verifier = Verifier(space.lower.geometry.slot_bytes)
-                for ordinal in sorted(space.lower.segments):
-                    await self._read(space, space.lower, ordinal, verifier)
+        try:
+            for space in list(self._keeper.spaces.values()):
+                if space.lower:
+                    verifier = Verifier(space.lower.geometry.slot_bytes)
+                    for ordinal in sorted(space.lower.segments):
+                        await self._read(space, space.lower, ordinal, verifier)
+        except Exception:  # a bug, or no memory: the daemon serves, and stops, without a scrub
+            log.exception("scrub failed")
+            return
         self.finished = clock.unix_milliseconds() / 1000
         log.info("scrub ends", seconds=self.finished - self.started, **self.blocks)
 
@@ -109,7 +115,7 @@ class Scrub:
             at += count
             if not len(slots):
                 continue
-            began, outcome = clock.monotonic_seconds(), np.full(len(slots), IO_ERROR, np.uint8)
+            began, outcome = clock.monotonic_seconds(), np.full(len(slots), NOT_READ, np.uint8)
             try:
                 outcome = OUTCOME[await asyncio.to_thread(verifier.verify, segment, slots % per_segment)]
             finally:

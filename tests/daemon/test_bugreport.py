@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import socket
 import tarfile
 from pathlib import Path
@@ -68,7 +69,8 @@ def test_without_a_daemon_it_says_so_in_its_place(make: Start, tmp_path: Path) -
     ("text", "expected"),
     [
         ('session client="a b" pid=7 namespace=00ff', 'session client="client-1" pid=7 namespace=namespace-1'),
-        ("domain 'red' is", "domain 'red' is"),
+        ("domain 'red' is not open", "domain 'domain-1' is not open"),
+        ("the domain is shut", "the domain is shut"),
         ('{"model": "m", "blocks": 5}', '{"model": "model-1", "blocks": 5}'),
         ('x{domain="d",model="m"} 3.0', 'x{domain="domain-1",model="model-1"} 3.0'),
         ("client=e client=e client=f", "client=client-1 client=client-1 client=client-2"),
@@ -85,6 +87,15 @@ def test_the_host_and_the_home_are_replaced(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", "/home/u")
     said = Redactor().text("mallorys-box: /home/u/state cannot be made on (mallorys-box)")
     assert said == "host: ~/state cannot be made on (host)"
+
+
+def test_who_asks_by_sudo_is_replaced_and_the_host_without_its_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The admin socket lets in root, so most reports are made so: it is not root's name that must not be in them."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "mallorys-box.example.org")
+    monkeypatch.setenv("SUDO_USER", "nobody")
+    home = pwd.getpwnam("nobody").pw_dir
+    said = Redactor().text(f"mallorys-box tierd: {home}/tierd.toml of nobody is read on mallorys-box.example.org")
+    assert said == "host tierd: ~/tierd.toml of user is read on host"
 
 
 def test_a_name_that_was_learned_is_replaced_in_running_text() -> None:

@@ -127,3 +127,13 @@ def test_once_is_for_a_file(daemon: Daemon) -> None:
 def test_without_a_daemon_it_does_not_begin(make: Start) -> None:
     """As every command: 3."""
     assert make().run("top", "--once").returncode == UNREACHABLE
+
+
+def test_names_that_clients_choose_do_nothing_to_the_terminal(daemon: Daemon) -> None:
+    """Neither markup nor escape sequences: whoever may use the socket may not write to the operator's screen."""
+    with daemon.peer(model="[/x] \x1b]0;owned\x07 [bold]m", client="[red]e\n\x1b[2J"):
+        for command in (["top", "--once", "--interval", "0.1"], ["status"]):
+            done = daemon.run(*command)
+            assert done.returncode == OK, done.stderr
+            assert not {"\x1b", "\x07"} & set(done.stdout)
+        assert r"[/x] \x1b]0;owned\x07 [bold]m" in done.stdout

@@ -78,6 +78,25 @@ def test_a_purged_namespace_is_empty_in_every_later_life(house: House, client: R
     assert verify(greeted(house, "neighbour"), hashes) == (BLOCKS, 0)
 
 
+def test_files_that_a_daemon_without_nvme_cannot_reach_are_not_called_purged(short_path: Path) -> None:
+    """A life with the tier would serve them again; the operator is told to remove them."""
+    with House(short_path, cpu__bytes="8MiB") as house:
+        client, hashes = greeted(house), chain("out of reach", BLOCKS)
+        store(client, hashes)
+        house.sync()
+        assert house.stop() == 0
+    with House(short_path, cpu__bytes="8MiB", nvme__bytes="0") as house:
+        client = greeted(house)
+        store(client, hashes)
+        with pytest.raises(Invalid, match="cannot reach") as refused:
+            purge(house, client)
+        assert verify(client, hashes) == (BLOCKS, 0), "it was refused, and has purged"
+        folder = next((house.state / "nvme").iterdir())
+        assert str(folder) in str(refused.value)
+        shutil.rmtree(folder)
+        assert purge(house, client)["blocks"] == BLOCKS
+
+
 def test_what_is_stored_again_is_the_new_block(house: House, client: RawClient) -> None:
     """Under the same hashes, with other bytes: no old copy is in its way or in its place, in this life and the next."""
     hashes = chain("again", BLOCKS)

@@ -63,6 +63,27 @@ def test_a_future_that_a_wrong_clock_saw_is_now(tmp_path: Path) -> None:
     assert spent(endurance, 1, START + DAY_MS + 2 * HOUR_MS) == 1
 
 
+def test_a_clock_that_is_set_right_in_the_same_life_does_not_stop_writes(tmp_path: Path) -> None:
+    """It was years ahead for a moment: what was written then counts as written now, and a day later there is all of it."""
+    endurance = Endurance(tmp_path, 1000, START)
+    assert spent(endurance, 400, START) == 400
+    assert spent(endurance, 500, START + 3000 * DAY_MS) == 500
+    assert spent(endurance, 1000, START + HOUR_MS) == 500
+    assert spent(endurance, 1, START + 2 * HOUR_MS) == 0
+    assert spent(endurance, 5000, START + HOUR_MS + DAY_MS + 2 * HOUR_MS) == 1000
+
+
+def test_a_budget_that_cannot_be_noted_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is asked for with every commit; once it can be noted again and then cannot, it is said again."""
+    folder = tmp_path / "gone"
+    endurance = Endurance(folder, 1000, START)
+    for _ in range(5):
+        assert endurance.left(10, START) == 0
+    assert len(caplog.records) == 1
+    folder.mkdir()
+    assert spent(endurance, 10, START) == 10
+
+
 def test_a_file_that_cannot_be_read_is_refused_with_what_to_do(tmp_path: Path) -> None:
     """Guessing could write twice a day's bytes."""
     (tmp_path / FILE).write_text("{}")

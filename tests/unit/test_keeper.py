@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 from threading import Event
+from typing import Any
 
 import pytest
 
 from tierd import clock
 from tierd.block import ROOT, chain
 from tierd.errors import Busy
-from tierd.keeper import Keeper
+from tierd.keeper import Keeper, until
 from tierd.layout import Layout, Namespace
 from tierd.purge import purge
 from tierd.space import Space
 from tierd.tiers.host import HostSegment
 from tierd.tiers.segment import HEADER_BYTES, Header
-from tierd.tiers.tier import MemoryTier, Tier
+from tierd.tiers.tier import MemorySegment, MemoryTier, Tier
 
 LAYOUT = Layout(layers=1, kv_heads=1, head_dim=64, dtype="float16")
 SEGMENT_BYTES = 256 << 10
@@ -37,6 +38,19 @@ class FaultyTier(MemoryTier):
         if self.is_full:
             raise Busy("the machine has no memory left")
         return super().create(namespace, ordinal, epoch)
+
+
+class SlowToEnd(FaultyTier):
+    """Memory that takes its time to be given up."""
+
+    def __init__(self, segments: int) -> None:
+        super().__init__(segments)
+        self.may_end = Event()
+        self.may_end.set()
+
+    def discard(self, segment: MemorySegment) -> bool:
+        self.may_end.wait(20)
+        return super().discard(segment)
 
 
 def space_of(keeper: Keeper, model: str) -> Space:
@@ -168,3 +182,48 @@ def test_a_segment_that_is_being_made_while_its_namespace_is_purged_belongs_to_t
         await keeper.close()
 
     asyncio.run(scenario())
+
+
+def test_a_purged_namespace_is_not_forgotten_before_its_last_segment_is_gone() -> None:
+    """Whoever waits for the bytes to be overwritten would take it for done, and its name would begin at an older epoch."""
+
+    async def scenario() -> None:
+        tier = SlowToEnd(1)
+        keeper = Keeper([tier], io_threads=1)
+        space = await full_of(keeper, "a", 1)
+        space.cache.close_session(1)
+        tier.may_end.clear()
+        await purge(keeper, space, shred=True)
+        async with asyncio.timeout(20):
+            await until(lambda: bool(space.arenas[0].leaving))
+            keeper.forget_empty()
+            assert list(keeper.spaces.values()) == [space] and space.dying == 1
+            tier.may_end.set()
+            await until(lambda: not space.dying)
+        keeper.forget_empty()
+        assert not keeper.spaces
+        await keeper.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_namespace_that_comes_while_a_scrape_counts_does_not_spoil_it() -> None:
+    """The exporter's threads go through the spaces of a loop that does not wait for them."""
+    keeper = Keeper([FaultyTier(1)], 1)
+    space_of(keeper, "first")
+
+    class Comes(Space):
+        """One that is met just before another one comes."""
+
+        @property
+        def cache(self) -> Any:
+            space_of(keeper, "another")
+            return self._cache
+
+        @cache.setter
+        def cache(self, cache: Any) -> None:
+            self._cache = cache
+
+    late = Namespace("test", "late", LAYOUT)
+    keeper.spaces[late.id] = Comes(late, keeper.tiers, 0.25, write_back=True)
+    assert keeper.unwritten() == 0 and len(keeper.spaces) == 3

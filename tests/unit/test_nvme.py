@@ -196,6 +196,18 @@ def test_a_failing_read_is_a_miss_and_not_damage(tmp_path: Path) -> None:
     assert {READ_OK, READ_FAILED} == set(codes) and segment.failures == {"read: EIO": codes.count(READ_FAILED)}
 
 
+def test_a_slot_that_others_found_damaged_takes_no_good_block_of_a_read_along(tmp_path: Path) -> None:
+    """Two read the same blocks, the first gives up what is damaged: to the second it is damage too, and the rest is served."""
+    segment = create(tmp_path)
+    assert all(put(segment, [0, 1, 2], [7, 8, 9]))
+    damaged = bytearray(slots_path(segment.path).read_bytes())
+    damaged[LAYOUT.slot_bytes] ^= 1
+    slots_path(segment.path).write_bytes(damaged)
+    segment.free([1])
+    assert segment.read([0, 1, 2], aligned(3)).tolist() == [READ_OK, READ_DAMAGED, READ_OK]
+    segment.close()
+
+
 @pytest.mark.parametrize("faults", [Faults(torn=0.3), Faults(read_flips=0.3), Faults(write_flips=0.3)])
 def test_a_medium_that_lies_is_found_out(tmp_path: Path, faults: Faults) -> None:
     """Torn writes and flipped bits that the medium calls a success are never served, and counted."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from tierd.cli.admin import ask
 from tierd.cli.options import add_config_arguments, load_config, seconds
-from tierd.cli.status import clients
+from tierd.cli.status import clients, harmless
 from tierd.clock import monotonic_seconds
 from tierd.errors import Busy, Gone, Invalid
 
@@ -37,7 +37,8 @@ def run(options: Namespace) -> int:
     path = load_config(options).server.admin_socket
     if not options.yes:
         space = find(path, options.namespace)
-        what = f"namespace {space['id'][:16]} (domain {space['domain']}, model {space['model']}): {space['blocks']:,} blocks"
+        domain, model = harmless(space["domain"]), harmless(space["model"])
+        what = f"namespace {space['id'][:16]} (domain {domain}, model {model}): {space['blocks']:,} blocks"
         raise Invalid(f"this would forget {what}, {len(space['sessions'])} clients attached; say --yes to do it")
     reply = ask(path, "purge", ANSWER_SECONDS_MAX, namespace=options.namespace, shred=options.shred)
     namespace = reply["namespace"].hex()

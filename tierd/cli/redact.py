@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import pwd
 import re
 import socket
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,8 @@ KINDS = {"model": "model", "domain": "domain", "client": "client", "id": "namesp
 """Fields whose values are names, in answers, metrics and logs, and what they become."""
 LETTERS_MIN = 3
 """Shorter names are replaced in fields only: anywhere else they would be parts of other words."""
-FIELD = re.compile(r"""\b(model|domain|client|namespace)("?\s*[=:]\s*)("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,}"']+)""")
+FIELD = re.compile(r"""\b(model|domain|client|namespace)("?\s*[=:]\s*|\s(?='))("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,}"']+)""")
+"""Also in sentences, where names are quoted: domain 'red' is not open."""
 NUMBERS = re.compile(r"-?[0-9.]+")
 
 
@@ -25,11 +27,16 @@ class Redactor:
     """Learns names from fields, and replaces them in fields and in running text."""
 
     def __init__(self) -> None:
-        self._words: dict[str, str] = {socket.gethostname(): "host"}
+        host = socket.gethostname()
+        self._words: dict[str, str] = {host: "host", host.partition(".")[0]: "host"}
         if (home := str(Path.home())) != "/":
             self._words[home] = "~"
         with suppress(KeyError, OSError):  # a uid without a name
             self._words |= {getpass.getuser(): "user"} if os.getuid() else {}
+        if caller := os.environ.get("SUDO_USER"):  # root asks for somebody
+            self._words |= {caller: "user"} if caller != "root" else {}
+            with suppress(KeyError):
+                self._words[pwd.getpwnam(caller).pw_dir] = "~"
 
     def word(self, kind: str, name: str) -> str:
         """The word that takes a name's place; of a namespace's id the first digits are enough."""

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tierd.cli.status import NAMESPACE_CHARACTERS, duration
+from tierd.cli.status import NAMESPACE_CHARACTERS, duration, harmless
 from tierd.core.ladder import TIERS
 from tierd.values import rounded_size
 
@@ -89,14 +89,15 @@ def namespaces(new: Answer, old: Answer) -> Table:
         total, found = sum(asked.values()), sum(asked[tier] for tier in TIERS)
         share = f"{found / total:.1%}" if total else "-"
         name = space["id"][:NAMESPACE_CHARACTERS]
-        table.add_row(name, space["model"], f"{total:,}", share, f"{space['blocks']:,}", clients(space["sessions"]))
+        who = Text(clients(space["sessions"]))  # no str: their own brackets are no markup
+        table.add_row(name, Text(harmless(space["model"])), f"{total:,}", share, f"{space['blocks']:,}", who)
     if len(rows) > NAMESPACES_SHOWN_MAX:
         table.add_row("", f"and {len(rows) - NAMESPACES_SHOWN_MAX} more", "", "", "", "")
     return table
 
 
 def clients(sessions: Sequence[Answer]) -> str:
-    names = [f"{session['client'] or 'unnamed'} ({session['pid']})" for session in sessions[:CLIENTS_SHOWN_MAX]]
+    names = [f"{harmless(session['client']) or 'unnamed'} ({session['pid']})" for session in sessions[:CLIENTS_SHOWN_MAX]]
     rest = len(sessions) - len(names)
     return ", ".join([*names, f"{rest} more"] if rest else names) or "-"
 

@@ -77,7 +77,7 @@ def evictions(numbers: Mapping[str, int]) -> str:
 def namespaces(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rows = [["namespace", "domain", "model", "block", "blocks", "sessions", "clients"]]
     for space in found:
-        identity = [space["id"][:NAMESPACE_CHARACTERS], space["domain"], space["model"]]
+        identity = [space["id"][:NAMESPACE_CHARACTERS], harmless(space["domain"]), harmless(space["model"])]
         sessions = space["sessions"]
         numbers = [rounded_size(space["block_bytes"]), f"{space['blocks']:,}", f"{len(sessions):,}"]
         rows.append([*identity, *numbers, clients(sessions)])
@@ -85,9 +85,14 @@ def namespaces(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def clients(sessions: Sequence[Mapping[str, Any]]) -> str:
-    names = [f"{session['client'] or 'unnamed'} ({session['pid']})" for session in sessions[:CLIENTS_SHOWN_MAX]]
+    names = [f"{harmless(session['client']) or 'unnamed'} ({session['pid']})" for session in sessions[:CLIENTS_SHOWN_MAX]]
     rest = len(sessions) - len(names)
     return ", ".join([*names, f"{rest} more"] if rest else names) or "-"
+
+
+def harmless(name: str) -> str:
+    """A name that a client has chosen, for a terminal: what would break a line or command the terminal is written out."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:

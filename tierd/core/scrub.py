@@ -25,12 +25,12 @@ def hold(cache: Cache, first: int, count: int) -> Slots:
 
 
 def let_go(cache: Cache, slots: Slots, outcome: NDArray[np.uint8]) -> None:
-    """Slots that were held have been read (uint8 for each: OK, IO_ERROR or MISMATCH)."""
+    """Slots that were held have been read (uint8 for each: OK, IO_ERROR or MISMATCH; anything else: it was not)."""
     tier = cache.ladder.closed
     pool = cache.pools[tier]
     for name, code in OUTCOMES.items():
         cache.counters["scrubbed", name] += int(np.count_nonzero(outcome == code))
-    bad = slots[(outcome != OK) & (pool.state[slots] == READY)]  # others have left the tree meanwhile
+    bad = slots[np.isin(outcome, (IO_ERROR, MISMATCH)) & (pool.state[slots] == READY)]  # others have left the tree meanwhile
     if len(bad):
         distrust(cache.index, tier, pool, pool.hashes(bad), bad)
     pool.unuse(slots)

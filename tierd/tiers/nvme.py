@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tierd.errors import Busy, Invalid
 from tierd.layout import Namespace
-from tierd.tiers.directory import DIGEST_XXH3_64, READY, Directory, Scan, Slots, page_ranges
+from tierd.tiers.directory import DIGEST_XXH3_64, FILLING, Directory, Scan, Slots, page_ranges
 from tierd.tiers.io import Buffer, IoEngine
 from tierd.tiers.segment import (
     HEADER_BYTES,
@@ -172,13 +172,14 @@ class FileSegment:
         return done
 
     def read(self, slots: Slots, buffers: Sequence[Buffer], digest: Digest = digests) -> NDArray[np.uint8]:
-        """Fill each buffer from a ready slot and verify it; returns READ_OK, READ_FAILED or READ_DAMAGED per block.
+        """Fill each buffer from a slot and verify it; returns READ_OK, READ_FAILED or READ_DAMAGED per block.
 
-        What is not READ_OK must not be used; a damaged slot should not be used again in this life of the daemon.
+        What is not READ_OK must not be used; a damaged slot should not be used again in this life of the daemon. Others may
+        have found it damaged since a read of it was decided: it is free then, nobody fills it. The rest of that read is good.
         """
         at = np.asarray(slots, dtype=np.int64)
         with self._lock:
-            assert (self.directory.codes()[at] == READY).all(), "only a ready slot can be read"
+            assert (self.directory.codes()[at] != FILLING).all(), "a slot that is being filled cannot be read"
             rows = self.directory.identity[at]
         outcomes = self._payloads.read(self._blocks(at, buffers))
         came = np.flatnonzero([self.noted("read", outcome) for outcome in outcomes])

@@ -45,7 +45,7 @@ class StateDirectory:
 
     def folder(self, namespace: Namespace) -> Path:
         """Where a namespace's segment files are."""
-        return self.nvme_path / namespace.id.hex()[:16]
+        return folder_of(self.nvme_path, namespace)
 
     def open_segments(self, io: IoEngine) -> Opened:
         """Open all segments, and remove unfinished, foreign and damaged ones: they are a cache.
@@ -83,6 +83,11 @@ class StateDirectory:
         except OSError as error:
             reason = f"{reason}; could not be removed: {error}"
         opened.removed.append((path, reason))
+
+
+def folder_of(nvme_path: Path, namespace: Namespace) -> Path:
+    """Where a namespace's segment files are below `nvme_path`."""
+    return nvme_path / namespace.id.hex()[:16]
 
 
 def _lock(folder: Path) -> int:
