@@ -317,11 +317,15 @@ class Keeper:
             await until(lambda: self._is_unmapped(space, arena, ordinal))
         segment = arena.remove(ordinal)
         arena.leaving.add(segment)
-        is_gone = await asyncio.to_thread(arena.tier.discard, segment)
+        try:
+            is_gone = await asyncio.to_thread(arena.tier.discard, segment)
+        except OSError:  # memory that a GPU does not overwrite
+            log.exception("a segment cannot be given up", segment=segment.segment_id)
+            is_gone = False
         if arena is space.lower:
             self._failures.update(segment.failures)
         if not is_gone:
-            log.error("a segment's files stay: their bytes count till the next start", segment=segment.segment_id)
+            log.error("what a segment had stays: its bytes count till the next start", segment=segment.segment_id)
             return
         arena.leaving.remove(segment)
         arena.tier.budget.release(arena.geometry.total_bytes)

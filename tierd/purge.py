@@ -20,6 +20,8 @@ from tierd.space import Space
 from tierd.tiers.nvme import FileSegment, sync_folder
 
 log = get_logger("purge")
+LEAVE_SECONDS_MAX = 30.0
+"""For memory that nobody uses any more to be overwritten and given back."""
 
 
 class Purged(NamedTuple):
@@ -47,7 +49,11 @@ async def purge(keeper: Keeper, space: Space, shred: bool) -> Purged:
         raise Busy(f"purge: headers of segment files cannot be written ({error}): {remedy}") from error
     finally:
         keeper.give_up(space, open_segments)
-    await until(lambda: not any(arena.leaving for arena in space.mapped))  # till then the service manager keeps them
+    try:  # till then the service manager keeps them
+        await asyncio.wait_for(until(lambda: not any(arena.leaving for arena in space.mapped)), LEAVE_SECONDS_MAX)
+    except TimeoutError as error:
+        remedy = "all is forgotten, for later lives too; see the log, and restart the daemon to be rid of their bytes"
+        raise Busy(f"purge: segments of memory have not been given up in {LEAVE_SECONDS_MAX:g} s: {remedy}") from error
     log.info("purged", namespace=space.namespace.id, epoch=space.epoch, blocks=blocks, segments=len(open_segments), shred=shred)
     return Purged(blocks, len(open_segments))
 

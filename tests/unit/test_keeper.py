@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tierd import clock
+from tierd import purge as purging
 from tierd.block import ROOT, chain
 from tierd.errors import Busy
 from tierd.keeper import Keeper, until
@@ -193,13 +194,14 @@ def test_a_purged_namespace_is_not_forgotten_before_its_last_segment_is_gone() -
         space = await full_of(keeper, "a", 1)
         space.cache.close_session(1)
         tier.may_end.clear()
-        await purge(keeper, space, shred=True)
+        asked = asyncio.create_task(purge(keeper, space, shred=True))
         async with asyncio.timeout(20):
             await until(lambda: bool(space.arenas[0].leaving))
             keeper.forget_empty()
             assert list(keeper.spaces.values()) == [space] and space.dying == 1
             tier.may_end.set()
             await until(lambda: not space.dying)
+            assert (await asked).segments == 1
         keeper.forget_empty()
         assert not keeper.spaces
         await keeper.close()
@@ -227,3 +229,41 @@ def test_a_namespace_that_comes_while_a_scrape_counts_does_not_spoil_it() -> Non
     late = Namespace("test", "late", LAYOUT)
     keeper.spaces[late.id] = Comes(late, keeper.tiers, 0.25, write_back=True)
     assert keeper.unwritten() == 0 and len(keeper.spaces) == 3
+
+
+def test_a_purge_does_not_wait_for_ever_for_memory_that_does_not_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so after a while; what was there is forgotten all the same."""
+
+    async def story() -> None:
+        tier = SlowToEnd(2)
+        keeper = Keeper([tier], 1)
+        space = await full_of(keeper, "old", 2)
+        space.cache.close_session(1)
+        tier.may_end.clear()
+        with pytest.raises(Busy, match="have not been given up in"):
+            await purge(keeper, space, False)
+        assert not space.cache.index.blocks
+        tier.may_end.set()
+        await keeper.close()
+
+    monkeypatch.setattr(purging, "LEAVE_SECONDS_MAX", 0.2)
+    asyncio.run(story())
+
+
+def test_memory_that_cannot_be_overwritten_counts_on_and_nobody_waits_for_it() -> None:
+    """A GPU refuses: the bytes are not anybody's again in this life, and the keeper goes on and ends."""
+
+    class Refusing(FaultyTier):
+        def discard(self, segment: MemorySegment) -> bool:
+            raise OSError("the GPU does not answer")
+
+    async def story() -> None:
+        keeper = Keeper([Refusing(2)], 1)
+        space = await full_of(keeper, "old", 2)
+        used, ordinals = keeper.tiers[0].budget.used, list(space.arenas[0].segments)
+        space.cache.close_session(1)
+        await keeper._kill(space, ordinals[0], 0)
+        assert keeper.tiers[0].budget.used == used and len(space.arenas[0].segments) == 1
+        await keeper.close()
+
+    asyncio.run(story())
