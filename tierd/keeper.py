@@ -29,7 +29,7 @@ from tierd.space import Arena, Space
 from tierd.tiers.tier import Tier
 
 log = get_logger("keeper")
-WRITE_BACK_BYTES, WRITE_BACK_BLOCKS_MAX = 16 << 20, 256
+WRITE_BACK_BYTES, WRITE_BACK_BLOCKS_MAX = 32 << 20, 256
 """Size of one write-back transfer; half as many as there are io threads wait behind those under way."""
 WRITE_BACK_SHARE = 0.25
 """Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them."""

@@ -8,6 +8,7 @@ from tests.sim.cases import LONG, crowd_out, put, put_below, read_all, small
 from tests.sim.clients import chain
 from tests.sim.world import LOWER, UPPER
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, Wait
+from tierd.core.promotion import pieces
 from tierd.errors import Busy, Gone
 
 # -- promotion --------------------------------------------------------------------------------------------------------
@@ -103,6 +104,32 @@ def test_what_came_up_meanwhile_is_not_moved_again() -> None:
     for at in range(3):
         assert world.load(client, mine.lease, at, 1) == 1
         assert not world.cache.transfers
+
+
+def test_a_block_whose_transfer_was_for_nothing_is_asked_for_again() -> None:
+    """The segment that it was to come to is given up: when its turn to be loaded comes, it is brought to another one."""
+    world, client = small(share=1.0)
+    hashes = chain(range(4))
+    put_below(world, client, hashes)
+    crowd_out(world, client)
+    found = world.lookup(client, hashes)
+    [transfer] = world.running
+    world.vacate(UPPER, int(transfer.target_slots[0]) // 8)
+    world.finish(transfer)
+    assert isinstance(world.load(client, found.lease, 0, 4), Wait)
+    world.finish(world.running[0])
+    assert world.load(client, found.lease, 0, 4) == 4
+    world.check()
+
+
+def test_the_last_transfers_of_a_lease_are_smaller() -> None:
+    """Whoever loads has little left to copy when the last block has come; no block is left out or moved twice."""
+    for blocks in range(1, 200):
+        cuts = list(pieces(0, blocks, 16, tapers=True))
+        sizes = [end - first for first, end in cuts]
+        assert [first for first, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and sum(sizes) == blocks
+        assert sizes[-1] <= 7 and max(sizes) <= 16 and min(sizes[:-1], default=4) >= 4
+    assert [end - first for first, end in pieces(3, 42, 16, tapers=False)] == [16, 16, 7]
 
 
 def test_a_mismatch_ends_the_lease_and_its_slot_is_not_used_again() -> None:

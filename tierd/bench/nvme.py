@@ -99,9 +99,9 @@ def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
             "raw_write": partial(repeated, raw.write, shared),
             "store_to_sync": chains.write,
             "raw_huge_write": partial(repeated, raw.write, huge),
-            "raw_read": partial(raw.read, shared),
+            "raw_read": partial(read_raw, raw, shared),
             "read": chains.read,
-            "raw_huge_read": partial(raw.read, huge),
+            "raw_huge_read": partial(read_raw, raw, huge),
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(2 if task.quick else ROUNDS):
@@ -123,6 +123,12 @@ def measure(task: Task, block_bytes: int) -> tuple[Row, dict[str, str]]:
 def fitting(payload_bytes: int, segment_bytes: int) -> int:
     """Bytes of whole segments that have room for so many bytes of blocks beside their directories."""
     return (payload_bytes // segment_bytes + 1) * segment_bytes
+
+
+def read_raw(raw: RawFile, memory: Any) -> float:
+    """A read into memory that was just cleared, as in `Chains.read`: clearing it cools a disk's threads, and raw's too."""
+    memory[:] = 0
+    return raw.read(memory)
 
 
 def repeated(write: Callable[[Any], float], memory: Any) -> float:

@@ -46,6 +46,8 @@ class Lease:
     blocks: int
     told: NDArray[np.bool_]
     positions: NDArray[np.intp] | None = None
+    started: int = 0
+    """Promotion has seen to every block before this one."""
 
     @property
     def here(self) -> Slots:

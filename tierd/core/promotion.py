@@ -2,11 +2,14 @@
 the tier.
 
 A window is bounded by a share of the tier, and moved in transfers of `transfer_blocks` blocks, head first, so that
-the first blocks can be loaded while the others are on their way. Each block is read from the closest copy that there
-is; one that is on its way already is waited for, not moved again.
+the first blocks can be loaded while the others are on their way; the last ones of a lease are smaller, so that little is
+left to load once all are there. Each block is read from the closest copy that there is; one that is on its way already is
+waited for, not moved again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,16 +46,22 @@ class Promotion:
     def start(self, lease: Lease, first: int, reason: str, now: int) -> None:
         """Bring the window of a lease from block `first` to its tier, as far as there is room.
 
+        What was seen to before is not looked at again, unless the first block is not on its way any more.
         A block that is nowhere any more ends the lease's blocks. A lease without an id is only planned for: prefetch.
         """
         end = min(first + self.window(lease.tier), lease.blocks)
+        if first < lease.started and self.coming(lease, first):
+            first = lease.started
+        if first >= end:
+            return
+        lease.started = end
         copies, held = self._copies(lease, first, end), lease.slots[:, first:end]
         missing = (copies[lease.tier] < 0) & (held[lease.tier] < 0) & (held.max(0, initial=-1) >= 0)
         if not missing.any():  # as always where there is one tier only
             return
         lost = missing & (copies.max(0) < 0)
         if lost.any():
-            lease.blocks = first + int(lost.argmax())
+            lease.blocks = lease.started = first + int(lost.argmax())
             missing[int(lost.argmax()) :] = False
         coming = np.where(missing, self._transfers.arriving(lease.tier, copies), 0)
         self._plan(lease, first, copies, np.flatnonzero(missing & (coming == 0)), reason, now)
@@ -113,6 +122,8 @@ class Promotion:
         """Plan transfers for as many of these blocks (counted from `first`) as find room, and let the lease have them."""
         tier = lease.tier
         targets = self._room.take(tier, len(blocks))
+        if len(targets) < len(blocks):
+            lease.started = first + int(blocks[len(targets)])
         blocks = blocks[: len(targets)]
         if not len(blocks):
             return
@@ -123,8 +134,8 @@ class Promotion:
         cuts = np.flatnonzero(np.diff(sources)) + 1
         for run_first, run_end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(blocks)], strict=True):
             source = int(sources[run_first])
-            for at in range(run_first, run_end, self._transfer_blocks):
-                end = min(at + self._transfer_blocks, run_end)
+            ends = run_end == len(blocks) and first + int(blocks[-1]) + 1 == lease.blocks
+            for at, end in pieces(run_first, run_end, self._transfer_blocks, ends):
                 run, slots = slice(at * HASH_BYTES, end * HASH_BYTES), copies[source, blocks[at:end]]
                 transfer = self._transfers.plan(reason, source, tier, slots, targets[at:end], hashes[run], parents[run])
                 if lease.id:
@@ -145,3 +156,11 @@ class Promotion:
             pool.unuse(held[held >= 0])
         lease.slots[:, blocks] = -1
         lease.here[blocks] = slots
+
+
+def pieces(first: int, end: int, most: int, tapers: bool) -> Iterator[tuple[int, int]]:
+    """The blocks from `first` to `end` in pieces of `most`, whose last, where it `tapers`, is halved down to a quarter."""
+    while (left := end - first) > 0:
+        size = min(left, most) if left > most or not tapers else min(left, max(-(-most // 4), left // 2))
+        yield first, first + size
+        first += size
