@@ -31,8 +31,9 @@ from tierd.tiers.tier import Tier
 log = get_logger("keeper")
 WRITE_BACK_BYTES, WRITE_BACK_BLOCKS_MAX = 32 << 20, 256
 """Size of one write-back transfer; half as many as there are io threads wait behind those under way."""
-WRITE_BACK_SHARE = 0.25
-"""Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them."""
+WRITE_BACK_SHARE, WRITE_BACKS_MIN = 0.25, 4
+"""Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them. Where that is
+little, few transfers keep the medium as busy as many small ones, and cost less."""
 POLL_SECONDS, POLL_SECONDS_MAX = 0.005, 0.5
 SYNC_POLL_SECONDS = 0.1
 """A sync looks again at least this often: growth and hand-overs end without a transfer."""
@@ -84,9 +85,9 @@ class Keeper:
 
     def _write_back(self, space: Space, tier: int) -> None:
         cache, arena = space.cache, space.arenas[tier]
-        most = self.mover.threads * 3 // 2
-        share = int(sum(above.pool.slots for above in space.arenas[:tier]) * WRITE_BACK_SHARE / most)
-        blocks = max(1, min(WRITE_BACK_BLOCKS_MAX, WRITE_BACK_BYTES // arena.geometry.slot_bytes, share))
+        share = int(sum(above.pool.slots for above in space.arenas[:tier]) * WRITE_BACK_SHARE)
+        blocks = max(1, min(WRITE_BACK_BLOCKS_MAX, WRITE_BACK_BYTES // arena.geometry.slot_bytes, share // WRITE_BACKS_MIN))
+        most = min(self.mover.threads * 3 // 2, max(WRITE_BACKS_MIN, share // blocks))
         while cache.write_back.queues[tier] and self._writing[arena.tier.name] < most:
             if not (count := self._affordable(space, arena, blocks)):
                 return  # `run` tries again

@@ -21,10 +21,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from tierd.block import HASH_BYTES
+from tierd.block import HASH_BYTES, ROOT
 from tierd.client import Client
-from tierd.client.pages import PageClient
-from tierd.errors import Invalid
+from tierd.client.pages import Asked, PageClient
+from tierd.clock import monotonic_seconds
+from tierd.errors import Busy, Invalid
 from tierd.layout import Layout
 from tierd.values import size
 from tierd_engine.bench.measure import Measured, measure
@@ -53,7 +54,7 @@ BLOCK_TOKENS = (8, 16, 32, 64)
 SEGMENT_BYTES = 64 << 20
 """The daemon's default: a gpu tier is whole segments."""
 WIDTH = 140
-FILL_BYTES = 24 << 20
+FILL_BYTES, FILL_PAGES, FILL_SECONDS_MAX, WAIT_SECONDS = 24 << 20, 64, 30.0, 0.05
 
 
 class Bench:
@@ -84,12 +85,13 @@ class Bench:
                 about: dict[str, Any] = {"model": self.name, "layout": layout}
                 with Client(daemon.socket, **about) as filler:
                     fill(filler, layout, size(1, 1 << 40)(settings["cpu"]))
-                daemon.sync()
                 if mode == "all":
                     client = PageClient(daemon.socket, **about, pages_max=SLOTS_MAX, private_pages=pages // PRIVATE_SHARE)
+                    fill_pages(client, gpu // layout.slot_bytes)
                     memory = TierMemory(layout, client)
                 else:
                     memory = CopyingMemory(layout, pages, Client(daemon.socket, **about))
+                daemon.sync()
             engine = Engine(self.model, memory, Limits(), frozenset())
             stack.callback(engine.close)
             return measure(engine, workload, daemon.cpu_seconds if daemon else lambda: 0.0)
@@ -160,6 +162,28 @@ def fill(client: Client, layout: Layout, size: int) -> None:
     pool = np.ones((blocks, layout.block_bytes), np.uint8)
     for _ in range(0, size, pool.nbytes):
         client.store(os.urandom(blocks * HASH_BYTES), pool, range(blocks))
+
+
+def fill_pages(client: PageClient, pages: int) -> None:
+    """The same for a gpu tier of so many pages."""
+    deadline = monotonic_seconds() + FILL_SECONDS_MAX
+    while pages > 0:
+        reserved = client.reserve(min(pages, FILL_PAGES))
+        wait(client, reserved, deadline)
+        names = os.urandom(len(reserved.pages) * HASH_BYTES)
+        wait(client, client.commit(reserved.pages, (ROOT + names)[: len(names)], names), deadline)
+        client.release(reserved.pages)
+        pages -= len(reserved.pages)
+
+
+def wait(client: PageClient, asked: Asked, deadline: float) -> None:
+    """Until there is an answer, or for a moment where there cannot be one yet; Busy when it takes too long."""
+    if monotonic_seconds() > deadline:
+        raise Busy(f"the gpu tier could not be filled within {FILL_SECONDS_MAX:g} s: see the daemon's log")
+    client.poll()
+    while not asked.done:
+        client.wait(WAIT_SECONDS)
+        client.poll()
 
 
 def middle(rounds: list[Measured]) -> Measured:
