@@ -13,6 +13,7 @@ from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.metrics import FAILURES, Metrics
 from tierd.purge import Purged, purge
+from tierd.quotas import UNLIMITED, Quotas, checked
 from tierd.recorder import Recorder
 from tierd.scrub import Scrub
 from tierd.server import Connection
@@ -39,11 +40,12 @@ class Admin:
         recorder: Recorder,
         status: Status,
         scrub: Scrub,
+        quotas: Quotas,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._config, self._keeper, self._metrics, self._recorder, self._status = config, keeper, metrics, recorder, status
-        self._scrub, self._drain, self._reload = scrub, drain, reload
+        self._scrub, self._quotas, self._drain, self._reload = scrub, quotas, drain, reload
         self._purging: set[asyncio.Task[Purged]] = set()
 
     def connected(self, connection: Connection) -> None:
@@ -83,6 +85,10 @@ class Admin:
                 return self._purge(request["namespace"], request["shred"])
             case "scrub":
                 return self._scrubbed(request["action"])
+            case "quota":
+                if request["min"] is None and request["max"] is None:
+                    return {"quotas": self._allotted(request["namespace"], request["tier"])}
+                return self._allot(**request)
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
@@ -124,6 +130,41 @@ class Admin:
             case _:
                 raise Invalid(f"scrub: {action!r:.64} is not one of start, pause, status")
         return self._scrub.status()
+
+    def _allotted(self, prefix: str, only: str | None = None) -> list[dict[str, Any]]:
+        """Quotas, and bytes in use, of the namespaces whose ids begin so, in each tier."""
+        rows = []
+        for namespace in sorted({*self._keeper.spaces, *self._quotas.namespaces}):
+            space = self._keeper.spaces.get(namespace)
+            for at, tier in enumerate(self._keeper.tiers):
+                if namespace.hex().startswith(prefix.lower()) and only in (None, tier.name):
+                    least, most = self._quotas.of(namespace).get(tier.name, UNLIMITED)
+                    used = space.arenas[at].used_bytes if space else 0
+                    rows.append({"namespace": namespace, "tier": tier.name, "min": least, "max": most, "used": used})
+        if prefix and not rows:
+            raise Gone(f"no namespace begins with {prefix!r}: tierd quota lists them")
+        return rows
+
+    async def _allot(self, namespace: str, tier: str | None, min: int | None, max: int | None) -> dict[str, Any]:
+        """Change a quota, and give up what is over it; what is not named stays."""
+        arena = next((one for one in self._keeper.tiers if one.name == tier), None)
+        if not namespace or arena is None:
+            raise Invalid(f"quota: which namespace, and which tier of {', '.join(one.name for one in self._keeper.tiers)}?")
+        rows = self._allotted(namespace, tier)
+        if len(rows) > 1:
+            raise Invalid(f"{len(rows)} namespaces begin with {namespace!r}: give more digits")
+        row = rows[0]
+        name = row["namespace"]
+        quota = checked(row["min"] if min is None else min, row["max"] if max is None else max)
+        if space := self._keeper.spaces.get(name):
+            segment = arena.geometry(space.namespace).total_bytes
+            if any(0 < bound < segment for bound in quota):
+                raise Invalid(f"quota: {quota.least} and {quota.most}: one of them is less than a segment, {segment} bytes")
+        await self._quotas.set(name, arena.name, quota, arena.budget.most)
+        if space := self._keeper.spaces.get(name):
+            space.allot(self._quotas.of(name))
+            self._keeper.fit(space)
+        return {"quotas": self._allotted(namespace, tier)}
 
     def _find(self, prefix: str) -> Space:
         """The namespace whose id in hex begins so."""

@@ -111,8 +111,9 @@ def _adopt_space(space: Space, segments_by_tier: list[list[Found]], now: int, re
                 reason = f"its geometry {segment.header.geometry} is not the configured {arena.geometry}"
             elif segment.header.epoch < space.epoch:  # a purge had begun, and had not come to it
                 reason = f"it is of epoch {segment.header.epoch}, its namespace was purged and is at {space.epoch}"
-            elif not arena.tier.budget.reserve(arena.geometry.total_bytes):
-                reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes"
+            elif not arena.reserve():
+                quota = f", its namespace to {arena.quota.most}" if arena.quota.most else ""
+                reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes{quota}"
             else:
                 directory = segment if isinstance(segment, FileSegment) else segment.directory
                 scan = directory.scan()

@@ -29,6 +29,7 @@ from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
 from tierd.page import page
+from tierd.quotas import Quotas
 from tierd.recent import Recent
 from tierd.recorder import Recorder
 from tierd.reload import Reloader
@@ -84,6 +85,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         tiers, way = open_tiers(config, state, device, pins)
         now = clock.unix_milliseconds()
         endurance = Endurance(config.server.state_dir, config.nvme.write_bytes_per_day, now)
+        quotas = Quotas(config.server.state_dir)
         keeper = Keeper(tiers, config.nvme.io_threads, endurance)
         stack.push_async_callback(keeper.close)
         if pins:
@@ -94,6 +96,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
                 policies = {"gpu": config.gpu.policy, "cpu": config.cpu.policy, "nvme": config.nvme.policy}
                 window_share, nvme = config.policy.promotion_window_share, config.nvme
                 space = Space(namespace, tiers, window_share, nvme.write_back, policies, nvme.admission)
+                space.allot(quotas.of(namespace.id))
                 keeper.spaces[namespace.id] = space
             return keeper.spaces[namespace.id]
 
@@ -129,7 +132,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
         status.metrics_address = exporter.address
-        admin = Admin(config, keeper, metrics, recorder, status, scrub, stop.set, reloader.reload)
+        admin = Admin(config, keeper, metrics, recorder, status, scrub, quotas, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)

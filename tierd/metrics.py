@@ -186,6 +186,12 @@ class Metrics(Collector):
         yield series.NAMESPACE_BYTES.of(
             ((names[space], arena.tier.name), len(arena.segments) * arena.geometry.total_bytes) for space, arena in arenas
         )
+        yield series.NAMESPACE_QUOTA.of(
+            ((names[space], arena.tier.name, bound), value)
+            for space, arena in arenas
+            for bound, value in zip(("min", "max"), arena.quota, strict=True)
+            if value
+        )
         yield series.NAMESPACE_SESSIONS.of(((names[space],), len(space.sessions)) for space in spaces)
 
 

@@ -83,6 +83,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "record": {"namespace": b"n" * 8},
     "purge": {"namespace": "0123abcd", "shred": True},
     "scrub": {"action": "start"},
+    "quota": {"namespace": "0123abcd", "tier": "cpu", "min": 1 << 30, "max": 0},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,

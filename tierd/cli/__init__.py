@@ -30,6 +30,7 @@ COMMANDS = {
     "reload": "have a running daemon read its configuration again",
     "install-service": "write the systemd units for this environment, or remove them again",
     "purge": "forget all that a namespace has stored",
+    "quota": "show or set what a namespace is promised of a tier, and the most that it may have",
     "sync": "wait until everything admitted so far is on NVMe",
     "drain": "write everything to NVMe, then stop the daemon",
     "hold": "run a daemon under a holder that keeps its memory over a crash: tierd hold -- tierd serve",

@@ -100,6 +100,7 @@ ADMIN: dict[str, dict[str, Argument]] = {
     "record": {"namespace": optional(Argument(bytes, 0, 32), b"")},
     "purge": {"namespace": HEX, "shred": optional(FLAG, False)},
     "scrub": {"action": NAME},
+    "quota": {"namespace": optional(HEX, ""), "tier": optional(NAME), "min": optional(U64), "max": optional(U64)},
 }
 
 
@@ -167,7 +168,8 @@ def check(message: Mapping[str, Any], verbs: Mapping[str, Mapping[str, Argument]
 
 def only_reads(request: Request) -> bool:
     """Whether a request on the admin socket changes nothing."""
-    return request.verb in ("status", "record") or request.get("action") == "status"
+    asks_quota = request.verb == "quota" and request["min"] is None and request["max"] is None
+    return request.verb in ("status", "record") or request.get("action") == "status" or asks_quota
 
 
 def request_id(message: Mapping[str, Any]) -> int:
