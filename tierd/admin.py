@@ -12,6 +12,7 @@ from tierd.core.plan import WRITE_BACK
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.metrics import FAILURES, Metrics
+from tierd.pinboard import Pinboard, listed, pinned_bytes
 from tierd.purge import Purged, purge
 from tierd.quotas import UNLIMITED, Quotas, checked
 from tierd.recorder import Recorder
@@ -41,11 +42,12 @@ class Admin:
         status: Status,
         scrub: Scrub,
         quotas: Quotas,
+        pinboard: Pinboard,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._config, self._keeper, self._metrics, self._recorder, self._status = config, keeper, metrics, recorder, status
-        self._scrub, self._quotas, self._drain, self._reload = scrub, quotas, drain, reload
+        self._scrub, self._quotas, self._pinboard, self._drain, self._reload = scrub, quotas, pinboard, drain, reload
         self._purging: set[asyncio.Task[Purged]] = set()
 
     def connected(self, connection: Connection) -> None:
@@ -85,6 +87,10 @@ class Admin:
                 return self._purge(request["namespace"], request["shred"])
             case "scrub":
                 return self._scrubbed(request["action"])
+            case "pin":
+                return self._pin(request["namespace"], request["block"])
+            case "unpin":
+                return self._unpin(request["namespace"], request["block"])
             case "quota":
                 if request["min"] is None and request["max"] is None:
                     return {"quotas": self._allotted(request["namespace"], request["tier"])}
@@ -131,6 +137,21 @@ class Admin:
                 raise Invalid(f"scrub: {action!r:.64} is not one of start, pause, status")
         return self._scrub.status()
 
+    async def _pin(self, prefix: str, block: bytes | None) -> dict[str, Any]:
+        """Pin a chain, if one is named, and list what is pinned."""
+        space = self._find(prefix)
+        if block is not None:
+            self._pinboard.pin(space, block)
+            await self._pinboard.save()
+        return {"namespace": space.namespace.id, "pins": listed(space)}
+
+    async def _unpin(self, prefix: str, block: bytes) -> dict[str, Any]:
+        """End a pin, and list what is pinned still."""
+        space = self._find(prefix)
+        space.cache.pins.unpin(block)
+        await self._pinboard.save()
+        return {"namespace": space.namespace.id, "pins": listed(space)}
+
     def _allotted(self, prefix: str, only: str | None = None) -> list[dict[str, Any]]:
         """Quotas, and bytes in use, of the namespaces whose ids begin so, in each tier."""
         rows = []
@@ -160,6 +181,8 @@ class Admin:
             segment = arena.geometry(space.namespace).total_bytes
             if any(0 < bound < segment for bound in quota):
                 raise Invalid(f"quota: {quota.least} and {quota.most}: one of them is less than a segment, {segment} bytes")
+            if quota.most and (pinned := pinned_bytes(space.arena(arena.name))) > quota.most:
+                raise Invalid(f"quota: segments of {pinned} bytes have pinned blocks, {quota.most} is less: unpin some first")
         await self._quotas.set(name, arena.name, quota, arena.budget.most)
         if space := self._keeper.spaces.get(name):
             space.allot(self._quotas.of(name))

@@ -113,6 +113,7 @@ class Policy:
     """Who stays and who goes."""
 
     promotion_window_share: float = key(0.25, decimal(0.001, 1))
+    pinned_share: float = key(0.25, decimal(0, 0.75))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
 from tierd.page import page
+from tierd.pinboard import Pinboard
 from tierd.quotas import Quotas
 from tierd.recent import Recent
 from tierd.recorder import Recorder
@@ -103,13 +104,15 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         inherited = systemd.inherited()
         data_socket, metrics_socket = (listening(inherited, name) for name in (systemd.DATA_SOCKET, systemd.METRICS_SOCKET))
         adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
+        pinboard = Pinboard(keeper, config.server.state_dir, config.policy.pinned_share)
+        pinboard.restore()
         began = clock.unix_milliseconds() / 1000
         metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
         recorder = Recorder()
         status, recent = Status(config, keeper, metrics, recorder, way), Recent(keeper, metrics)
         kept = Kept()
         stack.callback(kept.close)
-        service = Service(config, keeper, metrics, kept, recorder, space_of)
+        service = Service(config, keeper, metrics, kept, recorder, pinboard, space_of)
 
         def configure(config: Config) -> None:
             service.config = config
@@ -132,7 +135,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
         status.metrics_address = exporter.address
-        admin = Admin(config, keeper, metrics, recorder, status, scrub, quotas, stop.set, reloader.reload)
+        admin = Admin(config, keeper, metrics, recorder, status, scrub, quotas, pinboard, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
@@ -151,7 +154,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         feeding = asyncio.create_task(watchdog.feed(keeper.mover))
         watching = asyncio.create_task(lag.watch(metrics.lag))
         noting = asyncio.create_task(recent.watch())
-        for task in (background, feeding, watching, noting):
+        pinning = asyncio.create_task(pinboard.watch())
+        for task in (background, feeding, watching, noting, pinning):
             stack.callback(task.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):

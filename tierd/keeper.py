@@ -287,7 +287,8 @@ class Keeper:
             stuck = space.kept_back(tier)
             for ordinal, last_use in pool.last_use.items():
                 held = self.tiers[tier].name == PAGED and not pool.is_idle(ordinal)
-                if ordinal not in pool.closing and not held and (best is None or (ordinal in stuck, last_use) < best):
+                stays = ordinal in pool.closing or ordinal in pool.pinned or held
+                if not stays and (best is None or (ordinal in stuck, last_use) < best):
                     best, choice = (ordinal in stuck, last_use), (space, ordinal)
         return choice if best and (need or best < (False, taker.coldest(tier))) else None
 
@@ -374,10 +375,9 @@ class Keeper:
 
     def give_up_one(self) -> bool:
         """Begin to give up all of the namespace that has been without sessions longest, so that it can be forgotten; False
-        when every one has sessions, or is promised what it has.
+        when every one has sessions, pins, or a promise.
         """
-        promised = {space for space in self.spaces.values() if any(arena.quota.least for arena in space.arenas)}
-        idle = [space for space in self.spaces.values() if not space.sessions and space not in promised]
+        idle = [space for space in self.spaces.values() if not (space.sessions or space.cache.pins.chains or space.is_promised)]
         if not idle:
             return False
         owners = [space for space in idle if any(arena.segments for arena in space.arenas)]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from tierd.errors import Busy, Invalid
+from tierd.notes import replace
 
 FILE = "quotas.json"
 FILE_BYTES_MAX = 1 << 20
@@ -67,7 +67,7 @@ class Quotas:
             if len(changed) > NAMESPACES_MAX:
                 raise Busy(f"quota: {NAMESPACES_MAX} namespaces have one: clear those that are not needed (min and max 0)")
             try:
-                await asyncio.to_thread(self._write, changed)
+                await asyncio.to_thread(replace, self._path, {"namespaces": {name.hex(): of for name, of in changed.items()}})
             except OSError as error:
                 raise Busy(f"quota: {self._path} cannot be written ({error}): nothing has changed") from error
             self._quotas = changed
@@ -85,20 +85,6 @@ class Quotas:
             remedy = "mend it, or remove it to start without quotas"
             raise Invalid(f"{self._path} does not say what namespaces may have ({error}): {remedy}") from error
         return quotas
-
-    def _write(self, quotas: Allotments) -> None:
-        """Replace the file whole, and wait until the medium has it."""
-        fresh = self._path.with_suffix(".new")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump({"namespaces": {name.hex(): of for name, of in quotas.items()}}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def checked(least: int, most: int) -> Quota:

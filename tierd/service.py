@@ -19,6 +19,7 @@ from tierd.kept import Kept
 from tierd.layout import Layout, Namespace
 from tierd.log import get_logger
 from tierd.metrics import Metrics
+from tierd.pinboard import Pinboard
 from tierd.recorder import Recorder
 from tierd.server import Connection
 from tierd.space import Attached, Slots, Space, give_segments
@@ -39,6 +40,7 @@ class Service:
         metrics: Metrics,
         kept: Kept,
         recorder: Recorder,
+        pinboard: Pinboard,
         space_of: Callable[[Namespace], Space],
     ) -> None:
         self.config = config
@@ -46,7 +48,7 @@ class Service:
         self._keeper, self._metrics, self._kept, self._space_of = keeper, metrics, kept, space_of
         self._incarnation = os.urandom(16)
         self._draining = False
-        self._verbs = Verbs(config.limits, keeper, recorder)
+        self._verbs = Verbs(config.limits, keeper, recorder, pinboard)
         self._seconds = {verb: metrics.requests.labels(verb) for verb in (*_OPENING, *_SESSION, *BY_NAME)}
 
     # -- connections --------------------------------------------------------------------------------------------------

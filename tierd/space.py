@@ -72,8 +72,8 @@ class Arena:
     def over_quota(self) -> list[int]:
         """The coldest segments, by ordinal: as many as it has over its maximum."""
         most = self.quota.most // self.geometry.total_bytes if self.quota.most else self._staying
-        staying = sorted(self.segments.keys() - self.pool.closing, key=self.pool.last_use.__getitem__)
-        return staying[: max(0, len(staying) - most)]
+        may_go = sorted(self.segments.keys() - self.pool.closing - self.pool.pinned, key=self.pool.last_use.__getitem__)
+        return may_go[: max(0, self._staying - most)]
 
     @property
     def _staying(self) -> int:
@@ -179,6 +179,11 @@ class Space:
         """Its quotas by tier from now on; a tier that is missing has none. Keeper.fit gives up what is over them."""
         for arena in self.arenas:
             arena.quota = quotas.get(arena.tier.name, UNLIMITED)
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether it has a minimum in some tier."""
+        return any(arena.quota.least for arena in self.arenas)
 
     @property
     def session_prefix(self) -> str:

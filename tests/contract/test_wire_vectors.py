@@ -83,6 +83,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "record": {"namespace": b"n" * 8},
     "purge": {"namespace": "0123abcd", "shred": True},
     "scrub": {"action": "start"},
+    "pin": {"namespace": "0123abcd", "block": PARENT},
+    "unpin": {"namespace": "0123abcd", "block": PARENT},
     "quota": {"namespace": "0123abcd", "tier": "cpu", "min": 1 << 30, "max": 0},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
@@ -108,6 +110,8 @@ FRAMES: dict[str, dict[str, Any]] = {
     **{f"reply-{verb}": {"id": 1, "ok": True, **fields} for verb, fields in ANSWERS.items()},
     "request-hello_gpu": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu"},
     "reply-hello_gpu": {"id": 1, "ok": True, **WELCOME, "device": b"u" * 16},
+    "request-commit_pin": {"id": 1, "verb": "commit", "lease": 6, "pin": True},
+    "reply-commit_pin": {"id": 1, "ok": True, "committed": 1, "dropped": 0, "pinned": 2},
     "reply-error": failure(1, Gone("no lease 5")),
     "push-attach": {"id": 0, "push": "attach", "segments": [{**SEGMENT_NAMES, **SIZES}]},
     "push-detach": {"id": 0, "push": "detach", "segments": [SEGMENT_NAMES]},

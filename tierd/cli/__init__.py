@@ -30,6 +30,8 @@ COMMANDS = {
     "reload": "have a running daemon read its configuration again",
     "install-service": "write the systemd units for this environment, or remove them again",
     "purge": "forget all that a namespace has stored",
+    "pin": "pin a chain of blocks, so that it is never evicted, or list what is pinned",
+    "unpin": "let a pinned chain be evicted again",
     "quota": "show or set what a namespace is promised of a tier, and the most that it may have",
     "sync": "wait until everything admitted so far is on NVMe",
     "drain": "write everything to NVMe, then stop the daemon",

@@ -27,6 +27,7 @@ from tierd.core.audit import audit
 from tierd.core.index import Index, Piece
 from tierd.core.ladder import TIERS, Ladder
 from tierd.core.pages import Pages
+from tierd.core.pins import Pins
 from tierd.core.plan import (
     DEMAND,
     IO_ERROR,
@@ -88,8 +89,8 @@ class Cache:
         self.index = Index(len(ladder), seed, make_orders(ladder, policies))
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
-        self._block_tokens = block_tokens
-        self._seen = Seen(self.counters)
+        self._block_tokens, self._seen = block_tokens, Seen(self.counters)
+        self.pins = Pins(self.index, ladder)
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder)
         self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)
@@ -491,7 +492,7 @@ class Cache:
         leases = [lease for session in self.sessions.values() for lease in session.leases.values()]
         named = [block for lease in leases for block in names(lease.filled())]
         assert sorted(named) == sorted(self._pending), "pending blocks are not those of the writing leases"
-        audit(self.index, self.ladder, list(self.sessions.values()), list(self.transfers.values()))
+        audit(self.index, self.ladder, list(self.sessions.values()), list(self.transfers.values()), self.pins)
 
 
 def _risen(lease: Lease, first: int, end: int) -> int:

@@ -81,7 +81,7 @@ DATA = {
     "load": {"lease": U64, "first": U32, "count": COUNT},
     "release": {"lease": U64, "first": optional(U32), "count": optional(COUNT)},
     "store": {"hashes": HASHES, "parent": PARENT},
-    "commit": {"lease": U64, "count": optional(U32)},
+    "commit": {"lease": U64, "count": optional(U32), "pin": optional(FLAG, False)},
     "abort": {"lease": U64},
     "reserve": {"count": COUNT},
     "commit_pages": {"slots": PAGES, "parents": HASHES, "hashes": HASHES},
@@ -100,6 +100,8 @@ ADMIN: dict[str, dict[str, Argument]] = {
     "record": {"namespace": optional(Argument(bytes, 0, 32), b"")},
     "purge": {"namespace": HEX, "shred": optional(FLAG, False)},
     "scrub": {"action": NAME},
+    "pin": {"namespace": HEX, "block": optional(BIN32)},
+    "unpin": {"namespace": HEX, "block": BIN32},
     "quota": {"namespace": optional(HEX, ""), "tier": optional(NAME), "min": optional(U64), "max": optional(U64)},
 }
 
@@ -124,7 +126,7 @@ REPLIES = {
     "load": {"first": U32, "count": COUNT, "slots": SLOTS},
     "release": {},
     "store": {"lease": U64, "slots": SLOTS},
-    "commit": {"committed": U32, "dropped": U32},
+    "commit": {"committed": U32, "dropped": U32, "pinned": optional(U32, 0)},
     "abort": {},
     "reserve": {"slots": PAGES},
     "commit_pages": {"codes": PAGES},
@@ -168,8 +170,12 @@ def check(message: Mapping[str, Any], verbs: Mapping[str, Mapping[str, Argument]
 
 def only_reads(request: Request) -> bool:
     """Whether a request on the admin socket changes nothing."""
-    asks_quota = request.verb == "quota" and request["min"] is None and request["max"] is None
-    return request.verb in ("status", "record") or request.get("action") == "status" or asks_quota
+    match request.verb:
+        case "quota":
+            return request["min"] is None and request["max"] is None
+        case "pin":
+            return request["block"] is None
+    return request.verb in ("status", "record") or request.get("action") == "status"
 
 
 def request_id(message: Mapping[str, Any]) -> int:
