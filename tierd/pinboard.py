@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tierd.block import HASH_BYTES
-from tierd.errors import Busy, TierdError
+from tierd.errors import Busy, Gone, TierdError
 from tierd.keeper import Keeper
 from tierd.log import get_logger
 from tierd.notes import replace
@@ -55,12 +55,15 @@ class Pinboard:
     def restore(self) -> None:
         """Pin again what earlier lives had pinned, as far as it is whole; what is not is forgotten, and the log says so."""
         noted = self._read()
-        for space in self._keeper.spaces.values():
-            for block in noted.get(space.namespace.id.hex(), []):
+        for name, blocks in noted.items():
+            space = self._keeper.spaces.get(bytes.fromhex(name))
+            for block in blocks:
                 try:
+                    if space is None:
+                        raise Gone("nothing of its namespace is left")
                     self.pin(space, bytes.fromhex(block))
                 except TierdError as error:
-                    log.warning("a pin is lost", namespace=space.namespace.id, block=block, reason=str(error))
+                    log.warning("a pin is lost", namespace=name, block=block, reason=str(error))
         self._saved = noted
 
     async def save(self) -> None:
@@ -92,8 +95,8 @@ class Pinboard:
             with self._path.open(encoding="utf-8") as file:
                 found: dict[str, Any] = json.loads(file.read(FILE_BYTES_MAX))["pins"]
             noted = {name: [str(block) for block in blocks] for name, blocks in found.items()}
-            if any(len(bytes.fromhex(block)) != HASH_BYTES for blocks in noted.values() for block in blocks):
-                raise ValueError(f"a block's hash has {2 * HASH_BYTES} digits")
+            if any(len(bytes.fromhex(block)) != HASH_BYTES for name, blocks in noted.items() for block in (name, *blocks)):
+                raise ValueError(f"ids of namespaces and hashes of blocks have {2 * HASH_BYTES} digits")
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

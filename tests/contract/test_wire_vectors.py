@@ -149,7 +149,7 @@ def test_a_vector_is_read_as_its_message(name: str) -> None:
         (segment,) = check_values(what, message, PUSHES[what])["segments"]
         check_values(what, segment, ATTACHED if what == "attach" else SEGMENT)
     elif what != "error":
-        check_values(what, message, REPLIES[what.removesuffix("_gpu")])
+        check_values(what, message, REPLIES[what.removesuffix("_gpu").removesuffix("_pin")])
 
 
 def test_a_frame_is_made_as_the_document_says() -> None:

@@ -137,9 +137,10 @@ def test_what_was_pinned_and_is_not_known_costs_no_start(start: Start) -> None:
         wire.store(KEPT)
         name = daemon.status()["namespaces"][0]["id"]
     daemon.stop()
-    (daemon.state / "pins.json").write_text(json.dumps({"pins": {name: ["00" * 32]}}))
+    (daemon.state / "pins.json").write_text(json.dumps({"pins": {name: ["00" * 32], "11" * 32: [LAST]}}))
     daemon.start()
-    assert "a pin is lost" in daemon.log and pinned(daemon, "pin", name) == {}
+    assert "is not known here" in daemon.log and "nothing of its namespace is left" in daemon.log
+    assert pinned(daemon, "pin", name) == {}
     daemon.stop()
     (daemon.state / "pins.json").write_text("not JSON")
     daemon.start()

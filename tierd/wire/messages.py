@@ -126,7 +126,7 @@ REPLIES = {
     "load": {"first": U32, "count": COUNT, "slots": SLOTS},
     "release": {},
     "store": {"lease": U64, "slots": SLOTS},
-    "commit": {"committed": U32, "dropped": U32, "pinned": optional(U32, 0)},
+    "commit": {"committed": U32, "dropped": U32},
     "abort": {},
     "reserve": {"slots": PAGES},
     "commit_pages": {"codes": PAGES},
