@@ -156,7 +156,6 @@ class Verbs:
         try:
             return self._pinboard.pin(space, block)
         except (Busy, Gone):
-            space.cache.counters["pin_refused",] += 1
             return 0
 
     def abort(self, session: Attached, arguments: Request) -> Reply:

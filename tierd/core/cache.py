@@ -90,7 +90,7 @@ class Cache:
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
         self._block_tokens, self._seen = block_tokens, Seen(self.counters)
-        self.pins = Pins(self.index, ladder)
+        self.pins = Pins(self.index, ladder, self.counters)
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder)
         self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)

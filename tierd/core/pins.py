@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,8 +21,8 @@ from tierd.errors import Busy, Gone
 class Pins:
     """Pins by the hash of their chain's last block: the slots (int32[tiers, n], -1: none) that each one uses."""
 
-    def __init__(self, index: Index, ladder: Ladder) -> None:
-        self._index, self._ladder = index, ladder
+    def __init__(self, index: Index, ladder: Ladder, counters: Counter[tuple[str, ...]]) -> None:
+        self._index, self._ladder, self._counters = index, ladder, counters
         self.chains: dict[bytes, Slots] = {}
 
     def pin(self, block: bytes, segments_max: Sequence[int]) -> int:
@@ -35,6 +36,7 @@ class Pins:
         for pool, name, row, most in zip(self._ladder.pools, self._ladder.names, slots, segments_max, strict=True):
             ordinals = _ordinals(row, pool.slots_per_segment) | pool.pinned
             if len(ordinals) > max(most, len(pool.pinned)):
+                self._counters["pin_refused",] += 1
                 what = f"its blocks and those pinned before are in {len(ordinals)} segments of the {name} tier"
                 raise Busy(f"pin: {what}, pins may be in {most}: unpin others, or raise policy.pinned_share")
         for pool, row in zip(self._ladder.pools, slots, strict=True):
