@@ -72,7 +72,7 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
 def _memory_segments(tiers: list[Tier], stored: dict[str, list[int]]) -> Iterator[tuple[int, Any, int | None]]:
     """Tier, segment and ordinal of what was kept under `<tier>.<ordinal>.<id>.d` (directory) and `.s` (slots)."""
     mapped = {tier.name: (at, tier) for at, tier in enumerate(tiers) if isinstance(tier, MemoryTier)}
-    for name in [name for name in stored if re.fullmatch(r"[a-z]+\.\d+\.[^.]+\.d", name)]:
+    for name in [name for name in stored if re.fullmatch(r"[a-z]+\d*\.\d+\.[^.]+\.d", name)]:
         kept_as = name.removesuffix(".d")
         descriptors = stored.pop(name) + stored.pop(f"{kept_as}.s", [])
         try:

@@ -20,7 +20,7 @@ from itertools import count
 from typing import Any
 
 from tierd import clock
-from tierd.core.ladder import CLOSED, PAGED
+from tierd.core.ladder import CLOSED, PAGED, kind_of
 from tierd.core.plan import WRITE_BACK, Transfer
 from tierd.endurance import Endurance
 from tierd.errors import Busy, TierdError
@@ -286,7 +286,7 @@ class Keeper:
                 continue
             stuck = space.kept_back(tier)
             for ordinal, last_use in pool.last_use.items():
-                held = self.tiers[tier].name == PAGED and not pool.is_idle(ordinal)
+                held = kind_of(self.tiers[tier].name) == PAGED and not pool.is_idle(ordinal)
                 stays = ordinal in pool.closing or ordinal in pool.pinned or held
                 if not stays and (best is None or (ordinal in stuck, last_use) < best):
                     best, choice = (ordinal in stuck, last_use), (space, ordinal)

@@ -334,7 +334,7 @@ __attribute__((weak)) CUresult cuStreamSynchronize(CUstream stream) { (void)stre
 
 __attribute__((weak)) CUresult cuMemHostRegister_v2(void *start, size_t size, unsigned int flags) {
     if (getenv("STUB_CUDA_PINS_REFUSED")) return CUDA_ERROR_OUT_OF_MEMORY;
-    return !depth ? CUDA_ERROR_INVALID_CONTEXT : start && size && !flags ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    return !depth ? CUDA_ERROR_INVALID_CONTEXT : start && size && flags == CU_MEMHOSTREGISTER_PORTABLE ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 __attribute__((weak)) CUresult cuMemHostUnregister(void *start) { return start ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }

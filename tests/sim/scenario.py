@@ -41,7 +41,7 @@ class Scenario:
         lower, gpu = choice((0, 1, 1, 2, 2, 3, 4, 8)), choice((0, 0, 1, 2, 3))
         shape = choice((1, 2, 3, 4)), lower, choice((4, 8, 16)), choice((0.1, 0.25, 0.5, 1.0))
         policies = {tier: choice(SERVING) for tier in TIERS}
-        self.world = PagedWorld(*shape, gpu, policies, choice(ADMISSIONS))
+        self.world = PagedWorld(*shape, gpu, policies, choice(ADMISSIONS), devices=choice((1, 1, 2, 3)))
         self.prompts: list[tuple[int, ...]] = []
         self.steps = {
             **{self._read: 12, self._fill: 12, self._lookup: 5, self._load: 8, self._release: 8, self._prefetch: 4},

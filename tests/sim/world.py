@@ -19,7 +19,7 @@ from tests.sim.directories import SOILED, Segment, rows_of
 from tierd.block import HASH_BYTES, ROOT, split
 from tierd.core.admission import EVERYTHING
 from tierd.core.cache import Cache
-from tierd.core.ladder import CLOSED, TIERS
+from tierd.core.ladder import CLOSED, TIERS, kind_of
 from tierd.core.plan import MISMATCH, NO_ROOM, OK, PENDING, STORED, Committed, Found, Transfer, Wait
 from tierd.core.policy.chd import Chd
 from tierd.core.pool import FILLING, QUARANTINED, READY, STATES, Pool
@@ -34,7 +34,8 @@ SETTLED_PER_LESSON = 16
 class World:
     """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers.
 
-    `upper`, `lower` and `gpu` are numbers of segments of cpu, nvme and gpu; without any there is no such tier, but cpu.
+    `upper`, `lower` and `gpu` are numbers of segments of cpu, nvme and gpu; without any there is no such tier, but cpu. With
+    several `devices` there is a gpu tier on each of them.
     `policies` are orders of eviction by tier; chd learns more often than it does by itself, or it would learn nothing in a
     life so short.
     """
@@ -48,11 +49,13 @@ class World:
         gpu: int = 0,
         policies: Mapping[str, str] = {},
         admission: str = EVERYTHING,
+        devices: int = 1,
     ) -> None:
         self.slots, self.window_share, self.now = slots, window_share, 1_000_000
         self.policies, self.admission = policies, admission
         self._settled = 0
-        sizes = dict(zip(TIERS, (gpu, upper, lower), strict=True))
+        on_gpus = {f"gpu{at}": gpu for at in range(devices)} if devices > 1 else {"gpu": gpu}
+        sizes = {**on_gpus, "cpu": upper, "nvme": lower}
         self.names = [name for name, count in sizes.items() if count]
         self.tiers = len(self.names)
         self.mapped = [at for at, name in enumerate(self.names) if name != CLOSED]
@@ -113,13 +116,15 @@ class World:
     def lookup(self, client: Client, hashes: list[bytes], parent: bytes = ROOT) -> Found:
         """Look a chain up, and compare every number of the answer with the model."""
         expected = self._prefix(hashes, parent)
-        highest = Counter(self.names[min(self.where[block])] for block in hashes[:expected])
+        near = self.cache.ladder.near[client.tier]
+        closest = (min(self.where[block], key=near.index) for block in hashes[:expected])
+        counted = Counter(kind_of(self.names[tier]) for tier in closest)
         pending = {block for other in self.clients.values() for block in self._filled(other)}
         waiting = next((at for at, block in enumerate(hashes[expected:]) if block not in pending), len(hashes) - expected)
         found = self.cache.lookup(client.id, b"".join(hashes), parent, self.now)
         self.settle(evicts={client.tier})
         assert sum(found.tiers.values()) == len(hashes), "the tiers do not sum to the blocks asked"
-        assert [found.tiers[name] for name in TIERS] == [highest[name] for name in TIERS]
+        assert [found.tiers[name] for name in TIERS] == [counted[name] for name in TIERS]
         assert found.tiers["pending"] == waiting
         assert found.told <= found.blocks <= expected and found.told == len(found.slots)
         assert bool(found.lease) == bool(found.blocks)
@@ -435,7 +440,7 @@ class World:
 
     def _may_turn_away(self, tier: int) -> bool:
         """Whether the order of a tier may refuse what is new: chd's, where there is no other tier to choose for itself."""
-        return isinstance(self.cache.index.orders[tier], Chd) and tier + 1 not in self.cache.write_back.queues
+        return isinstance(self.cache.index.orders[tier], Chd) and self.cache.ladder.below(tier) not in self.cache.write_back.queues
 
     def _tree(self) -> tuple[dict[bytes, dict[int, int]], set[bytes]]:
         """What the index says: where each resident block is, and all blocks that it knows."""

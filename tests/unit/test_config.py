@@ -100,7 +100,9 @@ def test_domains_map_users_to_names(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("[cpu]\nbyts = 5", r"cpu\.byts = 5 is no key of tierd: did you mean cpu\.bytes\?"),
-        ('[gpu]\ndevice = "cuda"', r"gpu\.device = 'cuda' must be 'cpu' or a GPU by its number, such as 'cuda:0'"),
+        ('[gpu]\ndevice = "cuda"', r"gpu\.device = 'cuda' must be 'cpu', a GPU by its number, such as 'cuda:0', or several"),
+        ('[gpu]\ndevice = "cuda:0,cpu:1"', r"gpu\.device = 'cuda:0,cpu:1' must be 'cpu', a GPU by its number"),
+        ('[gpu]\ndevice = "cuda:1,cuda:0,cuda:1"', r"gpu\.device = 'cuda:1,cuda:0,cuda:1' must name each device once"),
         ("[storage]", r"storage = \{\} is no key of tierd: the sections are server, gpu"),
         ("[log]\nzzz = 1", r"log\.zzz = 1 is no key of tierd: the keys of \[log\] are level, format"),
         ("cpu = 5", r"cpu = 5 is no key of tierd"),

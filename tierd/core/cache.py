@@ -175,7 +175,8 @@ class Cache:
         here, blocks = slots[tier], slots.shape[1]
         is_here = here >= 0
         self._offer_again(hashes, parent, slots)
-        tiers = self._attribute(hashes, slots, is_here if tier == 0 else slots[0] >= 0)
+        near = self.ladder.near[tier]
+        tiers = self._attribute(hashes, slots, near, is_here if near[0] == tier else slots[near[0]] >= 0)
         self.index.touch(pieces, now, hashes[blocks * HASH_BYTES :])
         if not blocks:
             return Found(0, 0, 0, here, tiers)
@@ -349,14 +350,15 @@ class Cache:
         kept = [piece._replace(blocks=min(piece.blocks, blocks - at)) for at, piece in positions(pieces) if at < blocks]
         return slots[:, :blocks], kept
 
-    def _attribute(self, hashes: bytes, slots: Slots, on_top: NDArray[np.bool_]) -> dict[str, int]:
-        """Where the highest copy of each block asked for is; the values sum to their number."""
+    def _attribute(self, hashes: bytes, slots: Slots, near: NDArray[np.intp], on_top: NDArray[np.bool_]) -> dict[str, int]:
+        """In which kind of tier each block asked for is, of several the first of `near`; the values sum to their number."""
         asked, blocks = len(hashes) // HASH_BYTES, slots.shape[1]
         found = dict.fromkeys(TIERS, 0)
-        found[self.ladder.names[0]] = rest = int(np.count_nonzero(on_top))
-        if rest < blocks:
-            for name, number in zip(self.ladder.names, np.bincount((slots >= 0).argmax(0)).tolist(), strict=False):
-                found[name] = number
+        found[self.ladder.kinds[near[0]]] = top = int(np.count_nonzero(on_top))
+        if top < blocks:
+            there = np.bincount((slots[near] >= 0).argmax(0)).tolist()
+            for place, number in zip(near[1:].tolist(), there[1:], strict=False):
+                found[self.ladder.kinds[place]] += number
         pending = self._stores.leading(hashes[blocks * HASH_BYTES :]) if blocks < asked else 0
         miss = asked - blocks - pending
         tiers = {**found, "remote": 0, "pending": pending, "miss": miss}

@@ -35,7 +35,7 @@ class Stores:
         counters: Counter[tuple[str, ...]],
         ids: Iterator[int],
     ) -> None:
-        self._index, self._tiers, self._room, self._write_back = index, len(ladder), room, write_back
+        self._index, self._ladder, self._room, self._write_back = index, ladder, room, write_back
         self._counters, self._ids = counters, ids
         self.pending: dict[bytes, Lease] = {}
         """Blocks that are being written, with the leases under which they are."""
@@ -74,7 +74,7 @@ class Stores:
         run = pick(hashes, wanted)
         session.pool.begin(taken, run, pick(parent + hashes[:-HASH_BYTES], wanted))
         session.pool.touched(taken, now)
-        rows = np.full((self._tiers, len(taken)), -1, np.int32)
+        rows = np.full((len(self._ladder), len(taken)), -1, np.int32)
         rows[session.tier] = taken
         everything = np.ones(len(taken), np.bool_)
         lease = Lease(next(self._ids), session.id, session.tier, parent, hashes, rows, len(taken), everything, wanted)
@@ -144,7 +144,7 @@ class Stores:
 
     def _is_last(self, tier: int) -> bool:
         """Whether what this tier turns away is lost: of a tier that feeds one below, it is that one's to choose."""
-        return tier + 1 not in self._write_back.queues
+        return self._ladder.below(tier) not in self._write_back.queues
 
     def _parent_piece(self, parent: bytes) -> list[Piece]:
         """The parent of a chain that is new here, as the end of a path to touch; of one that is being written, what is
