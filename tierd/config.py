@@ -415,7 +415,8 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
         if values[small] * factor > values[large]:
             raise Invalid(f"{named(small)}{note} is over {named(large)}: lower the first or raise the second")
 
-    if values["nvme.require_gds"] and (not values["gpu.device"].startswith("cuda") or not values["gpu.bytes"] or not values["nvme.bytes"]):
+    on_gpus = values["gpu.device"].startswith("cuda") and values["gpu.bytes"]
+    if values["nvme.require_gds"] and not (on_gpus and values["nvme.bytes"]):
         remedy = "set gpu.device = 'cuda:0', gpu.bytes and nvme.bytes, or require nothing"
         raise Invalid(f"{named('nvme.require_gds')} needs a gpu tier on a GPU and an nvme tier: {remedy}")
     refuse_over("cpu.segment_bytes", "cpu.bytes")

@@ -223,7 +223,7 @@ def open_exporter(exporter: Exporter) -> Exporter:
 
 
 def open_tiers(config: Config, state: StateDirectory, gpus: list[Device], pins: Pins | None) -> tuple[list[Tier], io.Io]:
-    """The configured tiers, and how NVMe is reached. `gpus`: of the gpu tiers; `pins`: what registers the cpu tier with them."""
+    """The configured tiers, and how NVMe is reached. `gpus`: of the gpu tiers; `pins`: what registers cpu with them."""
     gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
     names, sizes = tier_names(gpu.devices), (gpu.bytes, gpu.segment_bytes)
     tiers: list[Tier] = [DeviceTier(name, *sizes, device) for name, device in zip(names, gpus, strict=False)]

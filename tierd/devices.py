@@ -13,14 +13,18 @@ from tierd.errors import Invalid
 DEVICES_MAX = 16
 """Of one daemon: each adds four bytes to every block in the index, and a tier to every metric."""
 NUMBER = "(0|[1-9][0-9]{0,2})"
+DEVICES = ("cpu", *(f"{kind}:{NUMBER}(,{kind}:{NUMBER})*" for kind in ("cuda", "cpu")))
+"""What may be configured, as regular expressions: GPUs and host memory are not mixed."""
 ID_BYTES = 16
 
 
 def split_devices(names: str) -> list[str]:
     """The devices that "cpu", "cuda:0" or "cuda:0,cuda:1" names; raises ValueError with what it must be."""
+    if not re.fullmatch("|".join(DEVICES), names):
+        raise ValueError(
+            "must be 'cpu', a GPU by its number, such as 'cuda:0', or several with commas, such as 'cuda:0,cuda:1'"
+        )
     devices = names.split(",")
-    if names != "cpu" and not any(all(re.fullmatch(f"{kind}:{NUMBER}", name) for name in devices) for kind in ("cuda", "cpu")):
-        raise ValueError("must be 'cpu', a GPU by its number, such as 'cuda:0', or several with commas, such as 'cuda:0,cuda:1'")
     if len(set(devices)) < len(devices) or len(devices) > DEVICES_MAX:
         raise ValueError(f"must name each device once, and at most {DEVICES_MAX}")
     return devices
@@ -46,6 +50,7 @@ def host_id(name: str) -> bytes:
 
 def describe_device(device: bytes) -> str:
     """A device for people, by its 16 bytes or none."""
-    if not device:
-        return "host memory"
-    return f"host memory {name}" if (name := device.rstrip(b"\0").decode("ascii", "replace")).startswith("cpu:") else f"GPU {device.hex()}"
+    if device.startswith(b"cpu:"):
+        name = device.rstrip(b"\0").decode("ascii", "replace")
+        return f"host memory {name}"
+    return f"GPU {device.hex()}" if device else "host memory"

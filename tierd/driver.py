@@ -131,8 +131,8 @@ class Context:
         call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def register(self, address: int, size: int) -> None:
-        """Lock host memory in place, so that copy engines of all GPUs reach it at full speed. Blocks while pages are locked, for about a
-        second for some GiB; raises OSError.
+        """Lock host memory in place, so that copy engines of all GPUs reach it at full speed. Blocks while pages are locked,
+        for about a second for some GiB; raises OSError.
         """
         with self:
             call("cuMemHostRegister_v2", address, size, PORTABLE)

@@ -242,7 +242,11 @@ USED_BYTES = Series(
     "Counted from before a segment is made until after it is gone; never over the limit.",
 )
 LIMIT_BYTES = Series(
-    "tierd_tier_limit_bytes", GAUGE, "bytes", ("tier",), "Bytes that the tier may have: `gpu.bytes`, `cpu.bytes`, `nvme.bytes`."
+    "tierd_tier_limit_bytes",
+    GAUGE,
+    "bytes",
+    ("tier",),
+    "Bytes that the tier may have: `gpu.bytes`, `cpu.bytes`, `nvme.bytes`. Of several devices each is a tier: gpu0, gpu1.",
 )
 REFUSED = Series(
     "tierd_tier_growth_refused",

@@ -271,7 +271,7 @@ class Service:
 
 
 def _tier(space: Space, kind: str, device: bytes) -> int:
-    """The place of the tier in memory that a client asks to live in; `device` says which, where there is one on each of several."""
+    """The place of the tier in memory that a client asks to live in; of one on each of several devices, that on `device`."""
     kinds = space.cache.ladder.kinds[: len(space.mapped)]
     if kind not in kinds:
         remedy = "set gpu.bytes, or use cpu" if kind == PAGED else f"it is one of {', '.join(dict.fromkeys(kinds))}"
@@ -280,8 +280,8 @@ def _tier(space: Space, kind: str, device: bytes) -> int:
         return kinds.index(kind)
     devices = [arena.device for arena in space.mapped if kind_of(arena.tier.name) == kind]
     if device not in devices:
-        there = ", ".join(map(describe_device, devices))
-        raise Invalid(f"hello: no {kind} tier of this daemon is in {describe_device(device)}, they are in {there}: see gpu.device")
+        here, there = describe_device(device), ", ".join(map(describe_device, devices))
+        raise Invalid(f"hello: no {kind} tier of this daemon is in {here}, they are in {there}: see gpu.device")
     return devices.index(device)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from re import fullmatch
 from typing import Any, TypeVar
 
-from tierd.devices import NUMBER, split_devices
+from tierd.devices import DEVICES, split_devices
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 UNITS = {"TiB": TIB, "GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1, "": 1}
@@ -98,7 +98,7 @@ def one_of(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
-@described(type="string", pattern=f"^(cpu|cuda:{NUMBER}(,cuda:{NUMBER})*|cpu:{NUMBER}(,cpu:{NUMBER})*)$")
+@described(type="string", pattern=f"^({'|'.join(DEVICES)})$")
 def devices(value: Any) -> str:
     split_devices(str(value))
     return str(value)

@@ -109,6 +109,7 @@ FRAMES: dict[str, dict[str, Any]] = {
     **{f"request-{verb}": {"id": 1, "verb": verb, **arguments} for verb, arguments in REQUESTS.items()},
     **{f"reply-{verb}": {"id": 1, "ok": True, **fields} for verb, fields in ANSWERS.items()},
     "request-hello_gpu": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu"},
+    "request-hello_device": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu", "device": b"u" * 16},
     "reply-hello_gpu": {"id": 1, "ok": True, **WELCOME, "device": b"u" * 16},
     "request-commit_pin": {"id": 1, "verb": "commit", "lease": 6, "pin": True},
     "reply-commit_pin": {"id": 1, "ok": True, "committed": 1, "dropped": 0, "pinned": 2},

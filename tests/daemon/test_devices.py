@@ -117,9 +117,7 @@ def test_after_a_kill_every_device_has_its_pages_again(launch: Callable[..., Dae
         engine.release(mine)
 
 
-def test_an_engine_that_names_no_device_of_the_daemon_is_told_which_there_are(
-    launch: Callable[..., Daemon], kind: str
-) -> None:
+def test_an_engine_that_names_no_device_of_the_daemon_is_told_which_there_are(launch: Callable[..., Daemon], kind: str) -> None:
     """So is one that names none at all: with several, nobody can guess where its pages are."""
     daemon = launch()
     first, second = ("host memory cpu:0", "host memory cpu:1") if kind == "cpu" else (f"GPU {'10' * 16}", f"GPU {'11' * 16}")

@@ -36,7 +36,9 @@ class CacheMachine(RuleBasedStateMachine):
         policies=st.fixed_dictionaries({tier: st.sampled_from(SERVING) for tier in TIERS}),
         admission=st.sampled_from(ADMISSIONS),
     )
-    def start(self, gpu: int, devices: int, upper: int, lower: int, share: float, policies: dict[str, str], admission: str) -> None:
+    def start(
+        self, gpu: int, devices: int, upper: int, lower: int, share: float, policies: dict[str, str], admission: str
+    ) -> None:
         """An empty cache with one client; sometimes without nvme or without a gpu tier."""
         self.world = PagedWorld(upper, lower, 4, share, gpu, policies, admission, devices)
         self.world.open(0)

@@ -440,7 +440,8 @@ class World:
 
     def _may_turn_away(self, tier: int) -> bool:
         """Whether the order of a tier may refuse what is new: chd's, where there is no other tier to choose for itself."""
-        return isinstance(self.cache.index.orders[tier], Chd) and self.cache.ladder.below(tier) not in self.cache.write_back.queues
+        is_last = self.cache.ladder.below(tier) not in self.cache.write_back.queues
+        return is_last and isinstance(self.cache.index.orders[tier], Chd)
 
     def _tree(self) -> tuple[dict[bytes, dict[int, int]], set[bytes]]:
         """What the index says: where each resident block is, and all blocks that it knows."""

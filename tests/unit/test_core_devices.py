@@ -41,7 +41,7 @@ def test_what_is_named_on_any_device_goes_down_to_the_same_tiers() -> None:
 
 
 def test_what_another_device_computed_is_found_and_comes_through_cpu() -> None:
-    """It is a hit of the cpu tier then: that is where it is read, though the other device has it too. Both have it afterwards."""
+    """It is a hit of the cpu tier: that is where it is read, though the other device has it too. Both have it then."""
     world, one, other = two()
     hashes = chain(range(4))
     compute(world, one, hashes)

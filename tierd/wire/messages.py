@@ -57,8 +57,15 @@ LABEL = Argument(str, 1, 128)
 HEX = Argument(str, 4, 64)
 FLAG = Argument(bool, 0, 1)
 
-HELLO = {"model": NAME, "layout": MAP, "fingerprint": BIN16, "client": TEXT, "domain": optional(NAME), "tier": optional(NAME)}
-HELLO |= {"device": optional(Argument(bytes, 16, 16))}
+HELLO = {
+    "model": NAME,
+    "layout": MAP,
+    "fingerprint": BIN16,
+    "client": TEXT,
+    "domain": optional(NAME),
+    "tier": optional(NAME),
+    "device": optional(BIN16),
+}
 HELD = Struct("<16sII")
 ENVELOPE = {"id": optional(U32, 0), "deadline_ms": optional(U32)}
 """May come with every request."""
