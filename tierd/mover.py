@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tierd import clock
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, REASONS, WRITE_BACK, Transfer
+from tierd.cuda import DeviceArray
 from tierd.log import get_logger
 from tierd.space import Arena, Space
 from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK
@@ -197,7 +198,7 @@ def _read(arena: Arena, slots: Slots, payloads: list[Payload]) -> NDArray[np.uin
     return outcome
 
 
-def _bounce(sources: list[Payload], targets: list[Payload]) -> None:
+def _bounce(sources: list[DeviceArray], targets: list[DeviceArray]) -> None:
     """From one GPU to another, block by block through host memory: what cpu has too does not come this way."""
     staged = np.empty(len(sources[0]), np.uint8)
     for source, target in zip(sources, targets, strict=True):

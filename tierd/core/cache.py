@@ -362,9 +362,9 @@ class Cache:
         pending = self._stores.leading(hashes[blocks * HASH_BYTES :]) if blocks < asked else 0
         miss = asked - blocks - pending
         tiers = {**found, "remote": 0, "pending": pending, "miss": miss}
-        for tier, number in tiers.items():
+        for name, number in tiers.items():
             if number:
-                self.counters["lookup", tier] += number
+                self.counters["lookup", name] += number
         return tiers
 
     def _offer_again(self, hashes: bytes, parent: bytes, slots: Slots) -> None:
