@@ -247,7 +247,7 @@ def test_every_device_has_the_bytes_of_the_gpu_tier(tmp_path: Path) -> None:
 
     def on(device: str, **flags: str) -> Config:
         sizes = {"gpu.bytes": "4GiB", "gpu.segment_bytes": "1GiB", "cpu.bytes": "2GiB", "cpu.segment_bytes": "1GiB"}
-        return Config.load(sizes | {"gpu.device": device} | flags, {}, tmp_path / "none", uid=1000)
+        return Config.load(sizes | {"gpu.device": device} | flags, {"HOME": "/home/me"}, tmp_path / "none", uid=1000)
 
     (tmp_path / "none").touch()
     assert (on("cpu").gpu.host_bytes, on("cpu").memory_segments) == (4 << 30, 6)
