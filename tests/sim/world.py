@@ -34,10 +34,8 @@ SETTLED_PER_LESSON = 16
 class World:
     """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers.
 
-    `upper`, `lower` and `gpu` are numbers of segments of cpu, nvme and gpu; without any there is no such tier, but cpu. With
-    several `devices` there is a gpu tier on each of them.
-    `policies` are orders of eviction by tier; chd learns more often than it does by itself, or it would learn nothing in a
-    life so short.
+    `upper`, `lower` and `gpu` (on each of `devices`) are numbers of segments; without any there is no such tier, but cpu.
+    `policies` are orders of eviction by tier; chd learns more often, or would learn nothing in so short a life.
     """
 
     def __init__(
@@ -54,8 +52,7 @@ class World:
         self.slots, self.window_share, self.now = slots, window_share, 1_000_000
         self.policies, self.admission = policies, admission
         self._settled = 0
-        on_gpus = {f"gpu{at}": gpu for at in range(devices)} if devices > 1 else {"gpu": gpu}
-        sizes = {**on_gpus, "cpu": upper, "nvme": lower}
+        sizes = {f"gpu{at}" if devices > 1 else "gpu": gpu for at in range(devices)} | {"cpu": upper, "nvme": lower}
         self.names = [name for name, count in sizes.items() if count]
         self.tiers = len(self.names)
         self.mapped = [at for at, name in enumerate(self.names) if name != CLOSED]
@@ -117,8 +114,7 @@ class World:
         """Look a chain up, and compare every number of the answer with the model."""
         expected = self._prefix(hashes, parent)
         near = self.cache.ladder.near[client.tier]
-        closest = (min(self.where[block], key=near.index) for block in hashes[:expected])
-        counted = Counter(kind_of(self.names[tier]) for tier in closest)
+        counted = Counter(kind_of(self.names[min(self.where[block], key=near.index)]) for block in hashes[:expected])
         pending = {block for other in self.clients.values() for block in self._filled(other)}
         waiting = next((at for at, block in enumerate(hashes[expected:]) if block not in pending), len(hashes) - expected)
         found = self.cache.lookup(client.id, b"".join(hashes), parent, self.now)
@@ -440,8 +436,7 @@ class World:
 
     def _may_turn_away(self, tier: int) -> bool:
         """Whether the order of a tier may refuse what is new: chd's, where there is no other tier to choose for itself."""
-        is_last = self.cache.ladder.below(tier) not in self.cache.write_back.queues
-        return is_last and isinstance(self.cache.index.orders[tier], Chd)
+        return isinstance(self.cache.index.orders[tier], Chd) and self.cache._is_last(tier)
 
     def _tree(self) -> tuple[dict[bytes, dict[int, int]], set[bytes]]:
         """What the index says: where each resident block is, and all blocks that it knows."""
