@@ -8,9 +8,9 @@ from itertools import repeat
 import numpy as np
 
 from tests.sim.clients import Client, Page, Place
+from tests.sim.tiers import PAGED, kind
 from tests.sim.world import World
 from tierd.block import ROOT
-from tierd.core.ladder import PAGED, kind_of
 from tierd.core.plan import NAMED, UNNAMED
 from tierd.core.pool import FILLING
 from tierd.errors import Busy
@@ -26,7 +26,7 @@ class PagedWorld(World):
 
     def is_paged(self, client: Client) -> bool:
         """Whether a client lives in the gpu tier."""
-        return kind_of(self.names[client.tier]) == PAGED
+        return kind(self.names[client.tier]) == PAGED
 
     def reserve(self, client: Client, count: int) -> list[Place]:
         """Reserve pages; fewer, or none, only when nothing more can be had."""
