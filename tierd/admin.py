@@ -21,6 +21,7 @@ from tierd.server import Connection
 from tierd.space import Space
 from tierd.status import Status
 from tierd.tiers.state import folder_of
+from tierd.tiers.tier import Tier
 from tierd.wire.messages import Request
 
 GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
@@ -153,7 +154,8 @@ class Admin:
         return {"namespace": space.namespace.id, "pins": listed(space)}
 
     def _allotted(self, prefix: str, only: str | None = None) -> list[dict[str, Any]]:
-        """Quotas, and bytes in use, of the namespaces whose ids begin so, in each tier."""
+        """Quotas, and bytes in use, of the namespaces whose ids begin so, in each tier or only one."""
+        self._tier(only)
         rows = []
         for namespace in sorted({*self._keeper.spaces, *self._quotas.namespaces}):
             space = self._keeper.spaces.get(namespace)
@@ -168,7 +170,7 @@ class Admin:
 
     async def _allot(self, namespace: str, tier: str | None, min: int | None, max: int | None) -> dict[str, Any]:
         """Change a quota, and give up what is over it; what is not named stays."""
-        arena = next((one for one in self._keeper.tiers if one.name == tier), None)
+        arena = self._tier(tier)
         if not namespace or arena is None:
             raise Invalid(f"quota: which namespace, and which tier of {', '.join(one.name for one in self._keeper.tiers)}?")
         rows = self._allotted(namespace, tier)
@@ -188,6 +190,13 @@ class Admin:
             space.allot(self._quotas.of(name))
             self._keeper.fit(space)
         return {"quotas": self._allotted(namespace, tier)}
+
+    def _tier(self, name: str | None) -> Tier | None:
+        """The tier of a name, or none of no name; raises Invalid where there is none."""
+        tiers = {tier.name: tier for tier in self._keeper.tiers}
+        if name and name not in tiers:
+            raise Invalid(f"quota: which tier of {', '.join(tiers)}? There is no {name!r:.64}")
+        return tiers[name] if name else None
 
     def _find(self, prefix: str) -> Space:
         """The namespace whose id in hex begins so."""

@@ -12,7 +12,9 @@ from tests.cuda.build import environ, load
 from tests.daemon.conftest import Start
 from tests.daemon.harness import LAYOUT, SEGMENT_BYTES, SLOTS, Daemon, hashes_of
 from tests.daemon.test_gpu import refusal
-from tests.daemon.test_pages import check, find, reserve_all, store, until
+from tests.daemon.test_pages import check, find, reserve, reserve_all, store, until
+from tests.daemon.test_quota import name_of, quota
+from tierd.cli import USAGE
 from tierd.client.pages import PageClient
 from tierd.errors import Invalid
 
@@ -148,3 +150,18 @@ def test_a_chain_that_both_devices_computed_has_pages_on_each(launch: Callable[.
     assert mine.tolist() != theirs.tolist()
     assert find(one, hashes).pages.tolist() == mine.tolist()
     assert find(other, hashes).pages.tolist() == theirs.tolist()
+
+
+def test_a_quota_of_one_device_is_none_of_another(launch: Callable[..., Daemon], connect: Connect) -> None:
+    """A namespace that may have one segment on the first has both on the second, and is shown and refused by their names."""
+    daemon = launch()
+    other = connect(daemon, 1)
+    name = name_of(daemon, "model")
+    quota(daemon, name, "--tier", "gpu0", "--max", str(SEGMENT_BYTES))
+    one = connect(daemon, 0)
+    assert (len(reserve(one, 2 * SLOTS)), len(reserve_all(other))) == (SLOTS, 2 * SLOTS)
+    rows = quota(daemon, name)
+    assert [rows[name, tier]["max"] for tier in ("gpu0", "gpu1", "cpu", "nvme")] == [SEGMENT_BYTES, 0, 0, 0]
+    assert rows[name, "gpu1"]["used"] == 2 * rows[name, "gpu0"]["used"]
+    refused = daemon.run("quota", name, "--tier", "gpu")
+    assert refused.returncode == USAGE and "which tier of gpu0, gpu1, cpu, nvme? There is no 'gpu'" in refused.stderr

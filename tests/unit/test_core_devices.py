@@ -6,6 +6,7 @@ import numpy as np
 
 from tests.sim.clients import Client, chain
 from tests.sim.pages import PagedWorld
+from tests.sim.pins import copies, pin
 from tests.unit.test_core_pages import compute, pending
 from tierd.core.plan import DEMAND, WRITE_BACK, Wait
 
@@ -115,3 +116,25 @@ def test_a_restart_finds_every_device_as_it_was() -> None:
     assert world.where == before
     world.run_all()
     assert all(NVME in world.where[block] for block in mine + theirs)
+
+
+def test_a_pin_holds_one_page_of_what_only_devices_have_and_none_of_what_is_below() -> None:
+    """The block stays though both engines fill their devices; on the other one it goes, as one that was computed in vain."""
+    world, one, other = two(gpu=1, cpu=1, nvme=0)
+    hashes, below = chain(range(2)), chain(range(10, 14))
+    world.store(world.open(), chain(range(500, 508)))  # fills the cpu tier, and is never committed
+    for engine in (one, other):
+        world.release_pages(engine, compute(world, engine, hashes))
+    pin(world, hashes[-1], 1)
+    assert sorted(tier for tier, _ in copies(world)) == [SECOND] * 2
+    assert world.cache.pools[SECOND].pinned and not world.cache.pools[FIRST].pinned
+    for engine, first in ((one, 100), (other, 200)):
+        world.release_pages(engine, world.reserve(engine, 6 if engine is other else 8))
+        compute(world, engine, chain(range(first, first + 6)))
+    assert all(world.where[block].keys() == {SECOND} for block in hashes)
+    world, one, other = two()
+    compute(world, one, below)
+    compute(world, other, below)
+    world.run_all()
+    pin(world, below[-1], 1)
+    assert sorted({tier for tier, _ in copies(world)}) == [CPU, NVME]

@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Which daemon, namespace and tier, and the bounds."""
     add_config_arguments(parser, "--runtime-dir")
     parser.add_argument("namespace", metavar="NAMESPACE", nargs="?", help="the first digits of its id, at least 4; or all")
-    parser.add_argument("--tier", choices=["gpu", "cpu", "nvme"], help="only this one; needed with --min and --max")
+    parser.add_argument("--tier", metavar="TIER", help="only this one, such as cpu or gpu0; needed with --min and --max")
     parser.add_argument("--min", type=size, metavar="SIZE", help="what other namespaces do not take from it, such as 2GiB")
     parser.add_argument("--max", type=size, metavar="SIZE", help="the most that it may have; 0: no limit but the tier's")
     parser.add_argument("--yes", action="store_true", help="do it, even if what is over the maximum is forgotten by it")

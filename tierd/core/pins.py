@@ -1,6 +1,6 @@
 """Pinned chains of one namespace: a pin is one more user of each copy of its blocks, so that eviction passes them by.
 
-- Copies are those that are there when it is pinned. In gpu, whose pages engines need, only of what is nowhere else.
+- Copies are those that are there when it is pinned. On devices, whose pages engines need, only one of what is nowhere else.
 - A segment with a pinned block is not given up (`Pool.pinned`), so what pins may hold is counted in segments.
 - Chains may share blocks: each pin uses them for itself.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tierd.core.index import Index
-from tierd.core.ladder import PAGED, Ladder
+from tierd.core.ladder import Ladder
 from tierd.core.plan import Slots
 from tierd.errors import Busy, Gone
 
@@ -75,9 +75,8 @@ class Pins:
     def _choose(self, slots: Slots) -> Slots:
         """The copies that are worth a pin."""
         chosen = slots >= 0
-        for tier, name in enumerate(self._ladder.names):
-            if name == PAGED:
-                chosen[tier] &= np.count_nonzero(chosen, axis=0) == 1
+        for tier in range(self._ladder.paged):  # one after the other: what only devices have stays chosen on the last of them
+            chosen[tier] &= np.count_nonzero(chosen, axis=0) == 1
         return np.where(chosen, slots, -1).astype(np.int32)
 
     def _note_segments(self) -> None:
