@@ -183,6 +183,12 @@ def namespaces() -> list[Panel]:
             stack=True,
         ),
         graph(
+            "Quotas by namespace",
+            "bytes",
+            "What it is promised (min) and may have at most (max), by tier; `tierd quota` sets them.",
+            by("namespace, tier, bound", only("tierd_namespace_quota_bytes")),
+        ),
+        graph(
             "Sessions by namespace and model",
             "short",
             "Attached engines.",

@@ -42,6 +42,7 @@ EVENTS = {
     "written": "blocks that have come to NVMe",
     "write_back_dropped": "blocks that were given up unwritten, because the tier below cannot keep up",
     "write_back_orphans": "blocks that were not written, because an ancestor is neither in memory nor on NVMe",
+    "pin_refused": "pins that would have held more segments of a tier than pins may",
     "purged": "blocks that were forgotten because an operator had their namespace purged",
     "write_back_refused": "blocks that were not written, because the policy of the tier below finds others worth more",
     "write_back_short": "blocks that found no room in the tier below: all of it is in use",

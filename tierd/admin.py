@@ -12,13 +12,16 @@ from tierd.core.plan import WRITE_BACK
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.metrics import FAILURES, Metrics
+from tierd.pinboard import Pinboard, listed, pinned_bytes
 from tierd.purge import Purged, purge
+from tierd.quotas import UNLIMITED, Quotas, checked
 from tierd.recorder import Recorder
 from tierd.scrub import Scrub
 from tierd.server import Connection
 from tierd.space import Space
 from tierd.status import Status
 from tierd.tiers.state import folder_of
+from tierd.tiers.tier import Tier
 from tierd.wire.messages import Request
 
 GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
@@ -39,11 +42,13 @@ class Admin:
         recorder: Recorder,
         status: Status,
         scrub: Scrub,
+        quotas: Quotas,
+        pinboard: Pinboard,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._config, self._keeper, self._metrics, self._recorder, self._status = config, keeper, metrics, recorder, status
-        self._scrub, self._drain, self._reload = scrub, drain, reload
+        self._scrub, self._quotas, self._pinboard, self._drain, self._reload = scrub, quotas, pinboard, drain, reload
         self._purging: set[asyncio.Task[Purged]] = set()
 
     def connected(self, connection: Connection) -> None:
@@ -83,6 +88,14 @@ class Admin:
                 return self._purge(request["namespace"], request["shred"])
             case "scrub":
                 return self._scrubbed(request["action"])
+            case "pin":
+                return self._pin(request["namespace"], request["block"])
+            case "unpin":
+                return self._unpin(request["namespace"], request["block"])
+            case "quota":
+                if request["min"] is None and request["max"] is None:
+                    return {"quotas": self._allotted(request["namespace"], request["tier"])}
+                return self._allot(**request)
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
@@ -124,6 +137,66 @@ class Admin:
             case _:
                 raise Invalid(f"scrub: {action!r:.64} is not one of start, pause, status")
         return self._scrub.status()
+
+    async def _pin(self, prefix: str, block: bytes | None) -> dict[str, Any]:
+        """Pin a chain, if one is named, and list what is pinned."""
+        space = self._find(prefix)
+        if block is not None:
+            self._pinboard.pin(space, block)
+            await self._pinboard.save()
+        return {"namespace": space.namespace.id, "pins": listed(space)}
+
+    async def _unpin(self, prefix: str, block: bytes) -> dict[str, Any]:
+        """End a pin, and list what is pinned still."""
+        space = self._find(prefix)
+        space.cache.pins.unpin(block)
+        await self._pinboard.save()
+        return {"namespace": space.namespace.id, "pins": listed(space)}
+
+    def _allotted(self, prefix: str, only: str | None = None) -> list[dict[str, Any]]:
+        """Quotas, and bytes in use, of the namespaces whose ids begin so, in each tier or only one."""
+        self._tier(only)
+        rows = []
+        for namespace in sorted({*self._keeper.spaces, *self._quotas.namespaces}):
+            space = self._keeper.spaces.get(namespace)
+            for at, tier in enumerate(self._keeper.tiers):
+                if namespace.hex().startswith(prefix.lower()) and only in (None, tier.name):
+                    least, most = self._quotas.of(namespace).get(tier.name, UNLIMITED)
+                    used = space.arenas[at].used_bytes if space else 0
+                    rows.append({"namespace": namespace, "tier": tier.name, "min": least, "max": most, "used": used})
+        if prefix and not rows:
+            raise Gone(f"no namespace begins with {prefix!r}: tierd quota lists them")
+        return rows
+
+    async def _allot(self, namespace: str, tier: str | None, min: int | None, max: int | None) -> dict[str, Any]:
+        """Change a quota, and give up what is over it; what is not named stays."""
+        arena = self._tier(tier)
+        if not namespace or arena is None:
+            raise Invalid(f"quota: which namespace, and which tier of {', '.join(one.name for one in self._keeper.tiers)}?")
+        rows = self._allotted(namespace, tier)
+        if len(rows) > 1:
+            raise Invalid(f"{len(rows)} namespaces begin with {namespace!r}: give more digits")
+        row = rows[0]
+        name = row["namespace"]
+        quota = checked(row["min"] if min is None else min, row["max"] if max is None else max)
+        if space := self._keeper.spaces.get(name):
+            segment = arena.geometry(space.namespace).total_bytes
+            if any(0 < bound < segment for bound in quota):
+                raise Invalid(f"quota: {quota.least} and {quota.most}: one of them is less than a segment, {segment} bytes")
+            if quota.most and (pinned := pinned_bytes(space.arena(arena.name))) > quota.most:
+                raise Invalid(f"quota: segments of {pinned} bytes have pinned blocks, {quota.most} is less: unpin some first")
+        await self._quotas.set(name, arena.name, quota, arena.budget.most)
+        if space := self._keeper.spaces.get(name):
+            space.allot(self._quotas.of(name))
+            self._keeper.fit(space)
+        return {"quotas": self._allotted(namespace, tier)}
+
+    def _tier(self, name: str | None) -> Tier | None:
+        """The tier of a name, or none of no name; raises Invalid where there is none."""
+        tiers = {tier.name: tier for tier in self._keeper.tiers}
+        if name and name not in tiers:
+            raise Invalid(f"quota: which tier of {', '.join(tiers)}? There is no {name!r:.64}")
+        return tiers[name] if name else None
 
     def _find(self, prefix: str) -> Space:
         """The namespace whose id in hex begins so."""

@@ -72,7 +72,7 @@ def adopt(tiers: list[Tier], stored: dict[str, list[int]], space_of: Callable[[N
 def _memory_segments(tiers: list[Tier], stored: dict[str, list[int]]) -> Iterator[tuple[int, Any, int | None]]:
     """Tier, segment and ordinal of what was kept under `<tier>.<ordinal>.<id>.d` (directory) and `.s` (slots)."""
     mapped = {tier.name: (at, tier) for at, tier in enumerate(tiers) if isinstance(tier, MemoryTier)}
-    for name in [name for name in stored if re.fullmatch(r"[a-z]+\.\d+\.[^.]+\.d", name)]:
+    for name in [name for name in stored if re.fullmatch(r"[a-z]+\d*\.\d+\.[^.]+\.d", name)]:
         kept_as = name.removesuffix(".d")
         descriptors = stored.pop(name) + stored.pop(f"{kept_as}.s", [])
         try:
@@ -111,8 +111,9 @@ def _adopt_space(space: Space, segments_by_tier: list[list[Found]], now: int, re
                 reason = f"its geometry {segment.header.geometry} is not the configured {arena.geometry}"
             elif segment.header.epoch < space.epoch:  # a purge had begun, and had not come to it
                 reason = f"it is of epoch {segment.header.epoch}, its namespace was purged and is at {space.epoch}"
-            elif not arena.tier.budget.reserve(arena.geometry.total_bytes):
-                reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes"
+            elif not arena.reserve():
+                quota = f", its namespace to {arena.quota.most}" if arena.quota.most else ""
+                reason = f"the {arena.tier.name} tier is limited to {arena.tier.budget.most} bytes{quota}"
             else:
                 directory = segment if isinstance(segment, FileSegment) else segment.directory
                 scan = directory.scan()

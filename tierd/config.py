@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tierd import systemd
+from tierd.devices import gpu_number, split_devices
 from tierd.errors import Invalid
 from tierd.values import (
     GIB,
@@ -25,7 +26,7 @@ from tierd.values import (
     boolean,
     count,
     decimal,
-    device,
+    devices,
     domains,
     file_mode,
     loopback,
@@ -42,7 +43,7 @@ MEMORY_DESCRIPTORS, FILE_DESCRIPTORS, SESSION_DESCRIPTORS, DESCRIPTORS_SPARE = 2
 """Of each memory segment, segment file and session (its connections and its process), and of the daemon itself."""
 POLICIES = ("lru", "lfu", "chd")
 """Orders of eviction that a tier can have."""
-SEGMENT_NAME_BYTES, SESSION_NAME_BYTES = 22, 70
+SEGMENT_NAME_BYTES, SESSION_NAME_BYTES = 25, 73
 """The longest names of kept descriptors, each with a separator: a segment has two."""
 
 
@@ -67,17 +68,27 @@ class Server:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The tier whose slots are an engine's pages; `bytes` is 0 when there is none."""
+    """The tier whose slots are an engine's pages, once on each device; `bytes`, of each, is 0 when there is none."""
 
     bytes: int = key("0", size(64 * KIB, 1024 * TIB, zero=True))
     segment_bytes: int = key("64MiB", size(64 * KIB, 64 * GIB, PAGE_BYTES))
-    device: str = key("cpu", device)
+    device: str = key("cpu", devices)
     policy: str = key("lru", one_of(*POLICIES))
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices by name; none when there is no such tier."""
+        return split_devices(self.device) if self.bytes else []
+
+    @property
+    def gpus(self) -> list[str]:
+        """Those of them that are GPUs: all or none."""
+        return [name for name in self.devices if gpu_number(name) is not None]
 
     @property
     def host_bytes(self) -> int:
         """How much of it is this machine's memory: nothing of a GPU's."""
-        return self.bytes if self.device == "cpu" else 0
+        return self.bytes * (len(self.devices) - len(self.gpus))
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,7 @@ class Policy:
     """Who stays and who goes."""
 
     promotion_window_share: float = key(0.25, decimal(0.001, 1))
+    pinned_share: float = key(0.25, decimal(0, 0.75))
 
 
 @dataclass(frozen=True)
@@ -229,7 +241,7 @@ class Config:
     @property
     def memory_segments(self) -> int:
         """How many memory segments there can be."""
-        return sum(tier.bytes // tier.segment_bytes for tier in (self.gpu, self.cpu))
+        return len(self.gpu.devices) * (self.gpu.bytes // self.gpu.segment_bytes) + self.cpu.bytes // self.cpu.segment_bytes
 
     @property
     def descriptors_kept(self) -> int:
@@ -403,7 +415,8 @@ def check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
         if values[small] * factor > values[large]:
             raise Invalid(f"{named(small)}{note} is over {named(large)}: lower the first or raise the second")
 
-    if values["nvme.require_gds"] and (values["gpu.device"] == "cpu" or not values["gpu.bytes"] or not values["nvme.bytes"]):
+    on_gpus = values["gpu.device"].startswith("cuda") and values["gpu.bytes"]
+    if values["nvme.require_gds"] and not (on_gpus and values["nvme.bytes"]):
         remedy = "set gpu.device = 'cuda:0', gpu.bytes and nvme.bytes, or require nothing"
         raise Invalid(f"{named('nvme.require_gds')} needs a gpu tier on a GPU and an nvme tier: {remedy}")
     refuse_over("cpu.segment_bytes", "cpu.bytes")

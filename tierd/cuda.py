@@ -10,12 +10,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 from ctypes import byref, c_char, c_int, c_size_t, c_void_p
 from typing import Any
 
 from tierd.driver import Access, AllocationProperties, Context, DevicePointer, Handle, Location, call, needing
-from tierd.errors import Invalid
 
 PINNED, DEVICE, POSIX_DESCRIPTOR, READ_WRITE = 1, 1, 1, 3
 """Kinds of an allocation, of where it is, of what it is exported as, and of access to it."""
@@ -159,11 +157,3 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {"shape": self.shape, "typestr": "|u1", "data": (self.address, False), "version": 3, "strides": None}
-
-
-def device_number(name: str) -> int | None:
-    """The number in "cuda:0", and None for "cpu"; raises Invalid for anything else."""
-    found = re.fullmatch(r"cuda:(\d{1,3})", name)
-    if not found and name != "cpu":
-        raise Invalid(f"device {name!r} must be 'cpu' or a GPU by its number, such as 'cuda:0'")
-    return int(found[1]) if found else None

@@ -20,7 +20,8 @@ from tierd import __version__, clock, history, lag, log, systemd, watchdog
 from tierd.admin import Admin
 from tierd.adopt import adopt
 from tierd.config import KEYS, Config
-from tierd.cuda import Device, device_number
+from tierd.cuda import Device
+from tierd.devices import gpu_number, host_id, tier_names
 from tierd.endurance import Endurance
 from tierd.errors import Busy, Invalid
 from tierd.exporter import Exporter
@@ -29,6 +30,8 @@ from tierd.kept import Kept
 from tierd.layout import Namespace
 from tierd.metrics import Metrics
 from tierd.page import page
+from tierd.pinboard import Pinboard
+from tierd.quotas import Quotas
 from tierd.recent import Recent
 from tierd.recorder import Recorder
 from tierd.reload import Reloader
@@ -38,7 +41,7 @@ from tierd.service import Service
 from tierd.space import Space
 from tierd.status import Status
 from tierd.tiers import io
-from tierd.tiers.gds import Measured, measure
+from tierd.tiers.gds import Measured, measure_all
 from tierd.tiers.io import cufile
 from tierd.tiers.io.probe import Choice, probe
 from tierd.tiers.paths import Paths, Speeds
@@ -79,11 +82,12 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         state = StateDirectory(config.server.state_dir, config.nvme.path if config.nvme.bytes else None)
         stack.callback(state.close)
         previous = await history.begin(config.server.state_dir, clock.unix_milliseconds())
-        device = open_device(config)
-        pins = Pins(device) if device else None
-        tiers, way = open_tiers(config, state, device, pins)
+        gpus = open_gpus(config)
+        pins = Pins(gpus[0]) if gpus else None
+        tiers, way = open_tiers(config, state, gpus, pins)
         now = clock.unix_milliseconds()
         endurance = Endurance(config.server.state_dir, config.nvme.write_bytes_per_day, now)
+        quotas = Quotas(config.server.state_dir)
         keeper = Keeper(tiers, config.nvme.io_threads, endurance)
         stack.push_async_callback(keeper.close)
         if pins:
@@ -94,19 +98,22 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
                 policies = {"gpu": config.gpu.policy, "cpu": config.cpu.policy, "nvme": config.nvme.policy}
                 window_share, nvme = config.policy.promotion_window_share, config.nvme
                 space = Space(namespace, tiers, window_share, nvme.write_back, policies, nvme.admission)
+                space.allot(quotas.of(namespace.id))
                 keeper.spaces[namespace.id] = space
             return keeper.spaces[namespace.id]
 
         inherited = systemd.inherited()
         data_socket, metrics_socket = (listening(inherited, name) for name in (systemd.DATA_SOCKET, systemd.METRICS_SOCKET))
         adopted = adopt(tiers, inherited, space_of, clock.unix_milliseconds())
+        pinboard = Pinboard(keeper, config.server.state_dir, config.policy.pinned_share)
+        pinboard.restore()
         began = clock.unix_milliseconds() / 1000
         metrics = Metrics(keeper, way, {"kept": adopted.kept, **adopted.lost}, began, config.metrics.per_namespace)
         recorder = Recorder()
         status, recent = Status(config, keeper, metrics, recorder, way), Recent(keeper, metrics)
         kept = Kept()
         stack.callback(kept.close)
-        service = Service(config, keeper, metrics, kept, recorder, space_of)
+        service = Service(config, keeper, metrics, kept, recorder, pinboard, space_of)
 
         def configure(config: Config) -> None:
             service.config = config
@@ -129,7 +136,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
         status.metrics_address = exporter.address
-        admin = Admin(config, keeper, metrics, recorder, status, scrub, stop.set, reloader.reload)
+        admin = Admin(config, keeper, metrics, recorder, status, scrub, quotas, pinboard, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
@@ -148,7 +155,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         feeding = asyncio.create_task(watchdog.feed(keeper.mover))
         watching = asyncio.create_task(lag.watch(metrics.lag))
         noting = asyncio.create_task(recent.watch())
-        for task in (background, feeding, watching, noting):
+        pinning = asyncio.create_task(pinboard.watch())
+        for task in (background, feeding, watching, noting, pinning):
             stack.callback(task.cancel)
         gc.freeze()  # what lives as long as the daemon is not worth looking through again
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -214,21 +222,21 @@ def open_exporter(exporter: Exporter) -> Exporter:
     return exporter
 
 
-def open_tiers(config: Config, state: StateDirectory, device: Device | None, pins: Pins | None) -> tuple[list[Tier], io.Io]:
-    """The configured tiers, and how NVMe is reached. `device`: of the gpu tier; `pins`: what registers the cpu tier with it."""
+def open_tiers(config: Config, state: StateDirectory, gpus: list[Device], pins: Pins | None) -> tuple[list[Tier], io.Io]:
+    """The configured tiers, and how NVMe is reached. `gpus`: of the gpu tiers; `pins`: what registers cpu with them."""
     gpu, cpu, nvme = config.gpu, config.cpu, config.nvme
-    tiers: list[Tier] = [MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages, pins)]
-    if device:
-        tiers.insert(0, DeviceTier("gpu", gpu.bytes, gpu.segment_bytes, device))
-    elif gpu.bytes:  # its pages lie side by side in an engine's memory: no rounding to huge ones
-        tiers.insert(0, MemoryTier("gpu", gpu.bytes, gpu.segment_bytes))
+    names, sizes = tier_names(gpu.devices), (gpu.bytes, gpu.segment_bytes)
+    tiers: list[Tier] = [DeviceTier(name, *sizes, device) for name, device in zip(names, gpus, strict=False)]
+    if not gpus:  # pages lie side by side in an engine's memory: no rounding to huge ones
+        tiers += [MemoryTier(name, *sizes, device=host_id(device)) for name, device in zip(names, gpu.devices, strict=True)]
+    tiers.append(MemoryTier("cpu", cpu.bytes, cpu.segment_bytes, cpu.huge_pages, pins))
     if not nvme.bytes:
         return tiers, io.Io("none", "none")
     choice = probe(state.nvme_path, nvme.io_engine, nvme.probe_seconds_max, nvme.io_threads)
     path = "direct" if choice.direct else "buffered"
     logger.info("io engine", engine=choice.engine, path=path, reason=choice.reason)
     engine = io.make(choice.engine, nvme.io_threads)
-    paths = Paths(choice.engine, device, speeds_of_gds(config, state, choice) if device else None)
+    paths = Paths(choice.engine, gpus[0], speeds_of_gds(config, state, choice)) if gpus else Paths(choice.engine)
     tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, engine, paths))
     return tiers, io.Io(choice.engine, path, paths.gpu)
 
@@ -238,7 +246,7 @@ def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Spee
     nvme = config.nvme
     found = Measured(None, (f"the io engine is {choice.engine} ({choice.reason}), it needs kvikio",))
     if choice.engine == "kvikio":
-        found = measure(state.nvme_path, config.gpu.device, nvme.io_threads, nvme.probe_seconds_max)
+        found = measure_all(state.nvme_path, config.gpu.gpus, nvme.io_threads, nvme.probe_seconds_max)
     if found.speeds is None and nvme.require_gds:
         raise Invalid(f"nvme.require_gds = true, but GPUDirect Storage does not work at {state.nvme_path}: {found}")
     if found.speeds:
@@ -247,14 +255,14 @@ def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Spee
     return found.speeds
 
 
-def open_device(config: Config) -> Device | None:
-    """The GPU of the gpu tier, if it has one: only then a driver is loaded. Raises Invalid where it cannot serve."""
-    gpu, number = config.gpu, device_number(config.gpu.device)
-    if not gpu.bytes or number is None:
-        return None
-    device = Device(number)
-    if gpu.bytes > device.total_bytes:
-        have, want = size_text(device.total_bytes // MIB * MIB), size_text(gpu.bytes)
-        raise Invalid(f"gpu.bytes = {want} is over the memory of {gpu.device} ({device.name}), {have}: set it lower")
-    logger.info("gpu", device=gpu.device, name=device.name, granularity=device.granularity)
-    return device
+def open_gpus(config: Config) -> list[Device]:
+    """The GPUs of the gpu tiers: only where there are some a driver is loaded. Raises Invalid where one cannot serve."""
+    devices, want = [], config.gpu.bytes
+    for name in config.gpu.gpus:
+        device = Device(gpu_number(name) or 0)
+        if want > device.total_bytes:
+            have = size_text(device.total_bytes // MIB * MIB)
+            raise Invalid(f"gpu.bytes = {size_text(want)} is over the memory of {name} ({device.name}), {have}: set it lower")
+        logger.info("gpu", device=name, name=device.name, granularity=device.granularity)
+        devices.append(device)
+    return devices

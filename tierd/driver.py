@@ -20,6 +20,8 @@ from typing import Any, Self
 from tierd.errors import Invalid
 
 LIBRARY = "libcuda.so.1"
+PORTABLE = 1
+"""Registered for all contexts of this process, whichever GPU they are of."""
 NOT_READY, NOT_SUPPORTED = 600, 801
 """Codes that are answers, and no failures: work is under way; this driver does not do that."""
 
@@ -129,11 +131,11 @@ class Context:
         call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def register(self, address: int, size: int) -> None:
-        """Lock host memory in place, so that copy engines reach it at full speed. Blocks while pages are locked, for about a
-        second for some GiB; raises OSError.
+        """Lock host memory in place, so that copy engines of all GPUs reach it at full speed. Blocks while pages are locked,
+        for about a second for some GiB; raises OSError.
         """
         with self:
-            call("cuMemHostRegister_v2", address, size, 0)
+            call("cuMemHostRegister_v2", address, size, PORTABLE)
 
     def unregister(self, address: int) -> None:
         """End what `register` did; before the memory is unmapped. Raises OSError."""

@@ -1,8 +1,9 @@
 """Keeps every space supplied with segments, within the tiers' bytes, and lower tiers supplied with what was committed.
 
 - A space grows ahead of need, off the loop, while its tier has bytes left; a request waits only for the first segment.
-- When a tier is full, a space lives inside its own segments. One that has none is given the coldest segment of another space,
-  and one whose own coldest block is warmer than that segment takes it over in the background.
+- When a tier is full, or its quota is, a space lives inside its own segments. One that has none is given the coldest segment of
+  another space, and one whose own coldest block is warmer than that segment takes it over in the background.
+- What a space is promised is not taken from it, and one that has less takes over from any other.
 - Pages that an engine holds are not waited for: of the gpu tier only segments that nobody uses change hands.
 - A memory segment changes hands by dying: its blocks leave the index, its last user lets go, every client that maps it
   answers `detach` (or dies), and only then its bytes are free for a new one: they are reserved for who waits for them at once.
@@ -19,7 +20,7 @@ from itertools import count
 from typing import Any
 
 from tierd import clock
-from tierd.core.ladder import CLOSED, PAGED
+from tierd.core.ladder import CLOSED, PAGED, kind_of
 from tierd.core.plan import WRITE_BACK, Transfer
 from tierd.endurance import Endurance
 from tierd.errors import Busy, TierdError
@@ -164,7 +165,7 @@ class Keeper:
         """Whether the tier has bytes for one more segment of this arena, and its medium did not just refuse one."""
         at = self.tiers.index(arena.tier)
         budget = arena.tier.budget
-        fits = budget.used + arena.geometry.total_bytes <= budget.most
+        fits = arena.may_grow and budget.used + arena.geometry.total_bytes <= budget.most
         return (fits or arena.growing is not None) and not self._closing and not self._is_paused(at)
 
     async def grow(self, space: Space, arena: Arena) -> bool:
@@ -173,8 +174,8 @@ class Keeper:
         return growing is not None and await asyncio.shield(growing)
 
     def _start_growth(self, space: Space, arena: Arena) -> asyncio.Task[bool] | None:
-        """The growth under way, started now if there was none; None when the tier has no bytes for it."""
-        if arena.growing is None and arena.tier.budget.reserve(arena.geometry.total_bytes):
+        """The growth under way, started now if there was none; None when the tier or its quota has no bytes for it."""
+        if arena.growing is None and arena.reserve():
             arena.growing = self._background(self._create(space, arena))
         return arena.growing
 
@@ -201,6 +202,7 @@ class Keeper:
             self._paused_until[at], grown = 0.0, True
         finally:
             arena.growing = None
+        self.fit(space)  # its quota may have been lowered meanwhile
         self.pump(space)
         return grown
 
@@ -239,8 +241,11 @@ class Keeper:
             self._start_handing_over(space, tier)
 
     def _start_handing_over(self, taker: Space, tier: int) -> None:
-        """Unless one is under way, or can only cost blocks: nothing may go, or the medium has just refused a segment."""
-        if self._handing[tier] is None and not self._is_paused(tier) and self._victim(taker, tier):
+        """Unless one is under way, or can only cost blocks: the taker may have no more, nothing may go, or the medium has just
+        refused a segment.
+        """
+        may_have = taker.arenas[tier].may_grow and not self._is_paused(tier)
+        if self._handing[tier] is None and may_have and self._victim(taker, tier):
             self._handing[tier] = self._background(self._hand_over(taker, tier))
 
     async def _take_over(self, space: Space, tier: int) -> None:
@@ -257,7 +262,9 @@ class Keeper:
                 under_way = {task for task in (*growing, self._handing[tier], *leaving) if task}
                 left = deadline - clock.monotonic_seconds()
                 if not under_way:
-                    raise Busy(f"every segment of the {name} tier is in use by other namespaces, or its medium is full")
+                    if not arena.may_grow:
+                        raise Busy(f"a quota of {arena.quota.most} bytes of the {name} tier has room for no segment: raise it")
+                    raise Busy(f"others use every segment of the {name} tier, or are promised it, or its medium is full")
                 if left <= 0:
                     raise Busy(f"no segment of the {name} tier came free in {HANDOVER_SECONDS_MAX} seconds")
                 await asyncio.wait(under_way, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -271,17 +278,18 @@ class Keeper:
         """
         if len(self._dying[tier]) >= DYING_MAX:
             return None
-        need = not taker.arenas[tier].pool.slots
+        need = not taker.arenas[tier].pool.slots or taker.arenas[tier].is_owed
         best: tuple[bool, int] | None = None
         choice: tuple[Space, int] | None = None
         for space in self.spaces.values():
             pool = space.arenas[tier].pool
-            if space is taker or (not need and space.sessions and len(pool.segments) <= 1):
+            if space is taker or space.arenas[tier].is_guarded or (not need and space.sessions and len(pool.segments) <= 1):
                 continue
             stuck = space.kept_back(tier)
             for ordinal, last_use in pool.last_use.items():
-                held = self.tiers[tier].name == PAGED and not pool.is_idle(ordinal)
-                if ordinal not in pool.closing and not held and (best is None or (ordinal in stuck, last_use) < best):
+                held = kind_of(self.tiers[tier].name) == PAGED and not pool.is_idle(ordinal)
+                stays = ordinal in pool.closing or ordinal in pool.pinned or held
+                if not stays and (best is None or (ordinal in stuck, last_use) < best):
                     best, choice = (ordinal in stuck, last_use), (space, ordinal)
         return choice if best and (need or best < (False, taker.coldest(tier))) else None
 
@@ -297,7 +305,7 @@ class Keeper:
             for _ in range(DYING_MAX):
                 if (choice := self._victim(taker, tier)) is None:
                     return
-                dying = self._background(self._kill(*choice, tier))
+                dying = self._kill(*choice, tier)
                 self._dying[tier].add(dying)
                 dying.add_done_callback(self._dying[tier].discard)
                 await asyncio.wait([dying], timeout=PATIENCE_SECONDS)
@@ -309,10 +317,14 @@ class Keeper:
             self._takers[tier].remove(taker)
             self._handing[tier] = None
 
-    async def _kill(self, space: Space, ordinal: int, tier: int) -> None:
-        """Vacate a segment, wait for its users and mappers, and give its bytes to who waits for them."""
-        arena = space.arenas[tier]
+    def _kill(self, space: Space, ordinal: int, tier: int) -> asyncio.Task[None]:
+        """Vacate a segment at once, so that nobody chooses it again, and begin to destroy it."""
         space.cache.vacate(tier, ordinal)
+        return self._background(self._destroy(space, ordinal, tier))
+
+    async def _destroy(self, space: Space, ordinal: int, tier: int) -> None:
+        """Wait for the users and mappers of a vacated segment, and give its bytes to who waits for them."""
+        arena = space.arenas[tier]
         await until(lambda: arena.pool.is_idle(ordinal))
         if tier in space.cache.ladder.mapped:
             await until(lambda: self._is_unmapped(space, arena, ordinal))
@@ -358,15 +370,15 @@ class Keeper:
         if any(self._takers):
             return  # one of them may be about to get a segment
         for space in list(self.spaces.values()):
-            if not space.sessions and not any(arena.segments or arena.growing or arena.leaving for arena in space.arenas):
+            if not space.sessions and not any(arena.used_bytes for arena in space.arenas):
                 self.forgotten.update(space.cache.counters)
                 del self.spaces[space.namespace.id]
 
     def give_up_one(self) -> bool:
         """Begin to give up all of the namespace that has been without sessions longest, so that it can be forgotten; False
-        when every one has sessions.
+        when every one has sessions, pins, or a promise.
         """
-        idle = [space for space in self.spaces.values() if not space.sessions]
+        idle = [space for space in self.spaces.values() if not (space.sessions or space.cache.pins.chains or space.is_promised)]
         if not idle:
             return False
         owners = [space for space in idle if any(arena.segments for arena in space.arenas)]
@@ -375,10 +387,14 @@ class Keeper:
             self.give_up(space := min(owners, key=lambda one: one.left_at), space.open_segments())
         return True
 
+    def fit(self, space: Space) -> None:
+        """Begin to give up the coldest segments that a space has over its quotas."""
+        self.give_up(space, [(tier, at) for tier, arena in enumerate(space.arenas) for at in arena.over_quota()])
+
     def give_up(self, space: Space, segments: list[tuple[int, int]]) -> None:
         """Begin to destroy these segments of a space, by tier and ordinal; each goes when nobody uses it any more."""
         for tier, ordinal in segments:
-            dying = self._background(self._kill(space, ordinal, tier))
+            dying = self._kill(space, ordinal, tier)
             self._given_up[tier].add(dying)
             dying.add_done_callback(self._given_up[tier].discard)
 

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from tierd import __version__, series
 from tierd.core.ages import BUCKETS, EVERYWHERE, GAP, IDLE, LIVED, SUM
-from tierd.core.ladder import CLOSED, TIERS
+from tierd.core.ladder import CLOSED, PAGED, TIERS, kind_of
 from tierd.core.plan import REASONS, WRITE_BACK
 from tierd.core.scrub import OUTCOMES
 from tierd.keeper import Keeper
@@ -126,7 +126,7 @@ class Metrics(Collector):
         """What the io threads did and do."""
         mover, path = self._keeper.mover, self._io.path
         names = [tier.name for tier in self._keeper.tiers]
-        down = [(WRITE_BACK, *way) for way in combinations(names, 2)]
+        down = [(WRITE_BACK, *way) for way in combinations(names, 2) if kind_of(way[1]) != PAGED]
         ways = [(reason, *way) for reason in REASONS if reason != WRITE_BACK for way in permutations(names, 2)]
         ways = down + [way for way in ways if way[2] != CLOSED]
         labelled = [(way, (*way, path if CLOSED in way else "memory")) for way in ways]
@@ -185,6 +185,12 @@ class Metrics(Collector):
         yield series.NAMESPACE_TOKENS.of(((names[space],), counts[space]["saved", "tokens"]) for space in spaces)
         yield series.NAMESPACE_BYTES.of(
             ((names[space], arena.tier.name), len(arena.segments) * arena.geometry.total_bytes) for space, arena in arenas
+        )
+        yield series.NAMESPACE_QUOTA.of(
+            ((names[space], arena.tier.name, bound), value)
+            for space, arena in arenas
+            for bound, value in zip(("min", "max"), arena.quota, strict=True)
+            if value
         )
         yield series.NAMESPACE_SESSIONS.of(((names[space],), len(space.sessions)) for space in spaces)
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tierd import clock
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, REASONS, WRITE_BACK, Transfer
+from tierd.cuda import DeviceArray
 from tierd.log import get_logger
 from tierd.space import Arena, Space
 from tierd.tiers.nvme import READ_DAMAGED, READ_FAILED, READ_OK
@@ -166,6 +167,8 @@ class _Job:
                 return _read(source, sources, target.payloads(targets))
             case Medium.DEVICE, Medium.MEMORY:
                 download(target.payloads(targets), source.payloads(sources))
+            case Medium.DEVICE, Medium.DEVICE:
+                _bounce(source.payloads(sources), target.payloads(targets))
             case Medium.MEMORY, Medium.DEVICE:
                 upload(target.payloads(targets), source.payloads(sources))
             case _:
@@ -193,6 +196,14 @@ def _read(arena: Arena, slots: Slots, payloads: list[Payload]) -> NDArray[np.uin
         memory = [payloads[at] for at in chosen.tolist()]
         outcome[chosen] = OUTCOME[arena.tier.paths.read(arena.segments[ordinal], local, memory)]
     return outcome
+
+
+def _bounce(sources: list[DeviceArray], targets: list[DeviceArray]) -> None:
+    """From one GPU to another, block by block through host memory: what cpu has too does not come this way."""
+    staged = np.empty(len(sources[0]), np.uint8)
+    for source, target in zip(sources, targets, strict=True):
+        download([staged], [source])
+        upload([target], [staged])
 
 
 def _copy(sources: list[Payload], targets: list[Payload]) -> None:

@@ -242,7 +242,11 @@ USED_BYTES = Series(
     "Counted from before a segment is made until after it is gone; never over the limit.",
 )
 LIMIT_BYTES = Series(
-    "tierd_tier_limit_bytes", GAUGE, "bytes", ("tier",), "Bytes that the tier may have: `gpu.bytes`, `cpu.bytes`, `nvme.bytes`."
+    "tierd_tier_limit_bytes",
+    GAUGE,
+    "bytes",
+    ("tier",),
+    "Bytes that the tier may have: `gpu.bytes`, `cpu.bytes`, `nvme.bytes`. Of several devices each is a tier: gpu0, gpu1.",
 )
 REFUSED = Series(
     "tierd_tier_growth_refused",
@@ -344,6 +348,14 @@ NAMESPACE_BYTES = Series(
     "Bytes of a namespace's segments.",
     "Summed over namespaces it is `tierd_tier_used_bytes`, but for segments that are being made or removed.",
 )
+NAMESPACE_QUOTA = Series(
+    "tierd_namespace_quota_bytes",
+    GAUGE,
+    "bytes",
+    ("namespace", "tier", "bound"),
+    "What a namespace is promised (min) and the most that it may have (max) of a tier, where it has a quota.",
+    "`tierd_namespace_used_bytes` is over `max` only while what was over a new one is being given up.",
+)
 NAMESPACE_SESSIONS = Series("tierd_namespace_sessions", GAUGE, "sessions", ("namespace",), "Sessions of a namespace.")
 
 BUILD = Series("tierd_build", INFO, "1", ("version",), "Version of the daemon.")
@@ -395,7 +407,7 @@ BLOCK_SERIES = (
 TRANSFER_SERIES = (TRANSFER_BYTES, TRANSFER_SECONDS, IO_PATH_BYTES, CUFILE_OPERATIONS, IN_FLIGHT, PARTS_QUEUED, WRITE_BACK_RUNS)
 TIER_SERIES = (USED_BYTES, LIMIT_BYTES, REFUSED, SLOTS, NVME_FAILURES, HANDOVERS, NOT_KEPT, RECOVERED_ROWS)
 CLIENT_SERIES = (NAMESPACES, SESSIONS, SESSIONS_OPENED, LEASES, REQUESTS, REQUEST_ERRORS)
-NAMESPACE_SERIES = (NAMESPACE, NAMESPACE_LOOKUPS, NAMESPACE_TOKENS, NAMESPACE_BYTES, NAMESPACE_SESSIONS)
+NAMESPACE_SERIES = (NAMESPACE, NAMESPACE_LOOKUPS, NAMESPACE_TOKENS, NAMESPACE_BYTES, NAMESPACE_QUOTA, NAMESPACE_SESSIONS)
 DAEMON_SERIES = (BUILD, IO, START_TIME, LOOP_LAG, SCRAPES, SCRAPE_SECONDS)
 SECTIONS = {
     "Blocks": BLOCK_SERIES,

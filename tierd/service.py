@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from tierd import __version__, clock, systemd
 from tierd.config import Config
+from tierd.core.ladder import PAGED, kind_of
+from tierd.devices import describe_device
 from tierd.errors import Busy, Closed, Denied, Gone, Invalid, TierdError
 from tierd.keeper import Keeper
 from tierd.kept import Kept
 from tierd.layout import Layout, Namespace
 from tierd.log import get_logger
 from tierd.metrics import Metrics
+from tierd.pinboard import Pinboard
 from tierd.recorder import Recorder
 from tierd.server import Connection
 from tierd.space import Attached, Slots, Space, give_segments
@@ -39,6 +42,7 @@ class Service:
         metrics: Metrics,
         kept: Kept,
         recorder: Recorder,
+        pinboard: Pinboard,
         space_of: Callable[[Namespace], Space],
     ) -> None:
         self.config = config
@@ -46,7 +50,7 @@ class Service:
         self._keeper, self._metrics, self._kept, self._space_of = keeper, metrics, kept, space_of
         self._incarnation = os.urandom(16)
         self._draining = False
-        self._verbs = Verbs(config.limits, keeper, recorder)
+        self._verbs = Verbs(config.limits, keeper, recorder, pinboard)
         self._seconds = {verb: metrics.requests.labels(verb) for verb in (*_OPENING, *_SESSION, *BY_NAME)}
 
     # -- connections --------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ class Service:
         namespace = self._namespace(connection, arguments)
         self._check_namespace_limit(namespace)
         space = self._space_of(namespace)
-        tier = _tier(space, arguments["tier"] or "cpu")
+        tier = _tier(space, arguments["tier"] or "cpu", arguments["device"] or b"")
         self._keeper.supply_ahead(space, tier)
         peer, most = connection.peer, self.config.limits.sessions_per_namespace_max
         pidfd = os.dup(peer.pidfd)
@@ -266,13 +270,19 @@ class Service:
         self._draining = True
 
 
-def _tier(space: Space, name: str) -> int:
-    """The place of the tier in memory that a client asks to live in."""
-    names = [arena.tier.name for arena in space.mapped]
-    if name not in names:
-        remedy = "set gpu.bytes, or use cpu" if name == "gpu" else f"it is one of {', '.join(names)}"
-        raise Invalid(f"hello: this daemon has no {name!r:.64} tier in memory: {remedy}")
-    return names.index(name)
+def _tier(space: Space, kind: str, device: bytes) -> int:
+    """The place of the tier in memory that a client asks to live in; of one on each of several devices, that on `device`."""
+    kinds = space.cache.ladder.kinds[: len(space.mapped)]
+    if kind not in kinds:
+        remedy = "set gpu.bytes, or use cpu" if kind == PAGED else f"it is one of {', '.join(dict.fromkeys(kinds))}"
+        raise Invalid(f"hello: this daemon has no {kind!r:.64} tier in memory: {remedy}")
+    if kinds.count(kind) == 1:
+        return kinds.index(kind)
+    devices = [arena.device for arena in space.mapped if kind_of(arena.tier.name) == kind]
+    if device not in devices:
+        here, there = describe_device(device), ", ".join(map(describe_device, devices))
+        raise Invalid(f"hello: no {kind} tier of this daemon is in {here}, they are in {there}: see gpu.device")
+    return devices.index(device)
 
 
 def _held_slots(session: Attached, held: bytes) -> tuple[Slots, NDArray[np.bool_]]:

@@ -24,6 +24,7 @@ from tierd.core.purge import purge
 from tierd.errors import Busy
 from tierd.layout import Namespace
 from tierd.log import get_logger
+from tierd.quotas import UNLIMITED, Quota
 from tierd.tiers.nvme import FileSegment
 from tierd.tiers.tier import FIRST_EPOCH, MemorySegment, MemoryTier, Tier
 from tierd.wire.messages import SEGMENTS_PER_PUSH_MAX
@@ -46,6 +47,41 @@ class Arena:
         self.leaving: set[Any] = set()
         """Segments that are out of the pool, and whose medium does not have its bytes again yet."""
         self.growing: asyncio.Task[bool] | None = None
+        self.quota = UNLIMITED
+
+    @property
+    def used_bytes(self) -> int:
+        """What it has of its tier, with segments that are being made or removed."""
+        return (len(self.segments) + len(self.leaving) + (self.growing is not None)) * self.geometry.total_bytes
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether its quota has room for one more segment."""
+        return not self.quota.most or self.used_bytes + self.geometry.total_bytes <= self.quota.most
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether it has no more segments that will stay than it was promised: other namespaces take none of these."""
+        return self._staying <= self.quota.least // self.geometry.total_bytes
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether it has fewer segments than it was promised, made ones and one that is being made."""
+        return self.may_grow and self._staying + (self.growing is not None) < self.quota.least // self.geometry.total_bytes
+
+    def over_quota(self) -> list[int]:
+        """The coldest segments, by ordinal: as many as it has over its maximum."""
+        most = self.quota.most // self.geometry.total_bytes if self.quota.most else self._staying
+        may_go = sorted(self.segments.keys() - self.pool.closing - self.pool.pinned, key=self.pool.last_use.__getitem__)
+        return may_go[: max(0, self._staying - most)]
+
+    @property
+    def _staying(self) -> int:
+        return len(self.segments) - len(self.pool.closing)
+
+    def reserve(self) -> bool:
+        """Take the bytes of one more segment, if its quota and the tier have them."""
+        return self.may_grow and self.tier.budget.reserve(self.geometry.total_bytes)
 
     def add(self, segment: MemorySegment | FileSegment, now: int, ordinal: int | None = None) -> int:
         """Enter a segment, under a certain ordinal if that is free; returns its ordinal."""
@@ -138,6 +174,16 @@ class Space:
 
     def __repr__(self) -> str:
         return f"<Space {self.namespace.id.hex()[:8]}: {len(self.sessions)} sessions, {self.cache.index.blocks} blocks>"
+
+    def allot(self, quotas: Mapping[str, Quota]) -> None:
+        """Its quotas by tier from now on; a tier that is missing has none. Keeper.fit gives up what is over them."""
+        for arena in self.arenas:
+            arena.quota = quotas.get(arena.tier.name, UNLIMITED)
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether it has a minimum in some tier."""
+        return any(arena.quota.least for arena in self.arenas)
 
     @property
     def session_prefix(self) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from re import fullmatch
 from typing import Any, TypeVar
 
+from tierd.devices import DEVICES, split_devices
+
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 UNITS = {"TiB": TIB, "GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1, "": 1}
 Parser = Callable[[Any], Any]
@@ -96,10 +98,9 @@ def one_of(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
-@described(type="string", pattern="^(cpu|cuda:(0|[1-9][0-9]{0,2}))$")
-def device(value: Any) -> str:
-    if not fullmatch(r"cpu|cuda:(0|[1-9][0-9]{0,2})", str(value)):
-        raise ValueError("must be 'cpu' or a GPU by its number, such as 'cuda:0'")
+@described(type="string", pattern=f"^({'|'.join(DEVICES)})$")
+def devices(value: Any) -> str:
+    split_devices(str(value))
     return str(value)
 
 

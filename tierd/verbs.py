@@ -17,6 +17,7 @@ from tierd.config import Limits
 from tierd.core.plan import Hint, Wait
 from tierd.errors import Busy, Gone, Invalid
 from tierd.keeper import Keeper
+from tierd.pinboard import Pinboard
 from tierd.recorder import Recorder
 from tierd.space import Attached, Slots, Space, give_segments
 from tierd.wire.messages import TURN_ENDS, Request, pack_slots, unpack_slots
@@ -28,8 +29,8 @@ Answer = Reply | Awaitable[Reply]
 class Verbs:
     """Verbs of a session. The cache decides, the keeper finds room and moves; here is only what may be asked and is told."""
 
-    def __init__(self, limits: Limits, keeper: Keeper, recorder: Recorder) -> None:
-        self._limits, self._keeper, self._recorder = limits, keeper, recorder
+    def __init__(self, limits: Limits, keeper: Keeper, recorder: Recorder, pinboard: Pinboard) -> None:
+        self._limits, self._keeper, self._recorder, self._pinboard = limits, keeper, recorder, pinboard
 
     def lookup(self, session: Attached, arguments: Request) -> Answer:
         """Lease the longest prefix, and name the slots of what can be read at once."""
@@ -142,11 +143,20 @@ class Verbs:
         return {"lease": placed.lease, "slots": pack_slots(placed.slots)}
 
     def commit(self, session: Attached, arguments: Request) -> Reply:
-        """Make written blocks visible, and start to write them back."""
-        cache = session.space.cache
-        done = cache.commit(session.id, arguments["lease"], arguments["count"], clock.unix_milliseconds())
+        """Make written blocks visible, pin them if that is wanted and may be, and start to write them back."""
+        cache, lease, count = session.space.cache, arguments["lease"], arguments["count"]
+        last = cache.sessions[session.id].lease(lease, writing=True).last_hash(count) if arguments["pin"] else b""
+        done = cache.commit(session.id, lease, count, clock.unix_milliseconds())
         asyncio.get_running_loop().call_soon(self._keeper.pump, session.space)
-        return {"committed": done.committed, "dropped": done.dropped}
+        reply = {"committed": done.committed, "dropped": done.dropped}
+        return reply | {"pinned": self._pin(session.space, last)} if last else reply
+
+    def _pin(self, space: Space, block: bytes) -> int:
+        """How many blocks are pinned: none where pins may hold no more, or where the chain has a gap."""
+        try:
+            return self._pinboard.pin(space, block)
+        except (Busy, Gone):
+            return 0
 
     def abort(self, session: Attached, arguments: Request) -> Reply:
         """Give the slots of a store back."""

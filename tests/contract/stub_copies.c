@@ -93,7 +93,7 @@ CUresult cuCtxPopCurrent_v2(CUcontext *context) {
 CUresult cuMemHostRegister_v2(void *start, size_t size, unsigned int flags) {
     CUresult result = CUDA_ERROR_OUT_OF_MEMORY;
     if (!depth) return CUDA_ERROR_INVALID_CONTEXT;
-    if (!size || flags) return CUDA_ERROR_INVALID_VALUE;
+    if (!size || flags != CU_MEMHOSTREGISTER_PORTABLE) return CUDA_ERROR_INVALID_VALUE;
     if (there("STUB_PINS_REFUSED")) return result;
     pthread_mutex_lock(&lock);
     for (int at = 0; at < RANGES_MAX && result; at++)

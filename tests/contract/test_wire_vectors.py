@@ -83,6 +83,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "record": {"namespace": b"n" * 8},
     "purge": {"namespace": "0123abcd", "shred": True},
     "scrub": {"action": "start"},
+    "pin": {"namespace": "0123abcd", "block": PARENT},
+    "unpin": {"namespace": "0123abcd", "block": PARENT},
+    "quota": {"namespace": "0123abcd", "tier": "cpu", "min": 1 << 30, "max": 0},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "hello": WELCOME,
@@ -106,7 +109,10 @@ FRAMES: dict[str, dict[str, Any]] = {
     **{f"request-{verb}": {"id": 1, "verb": verb, **arguments} for verb, arguments in REQUESTS.items()},
     **{f"reply-{verb}": {"id": 1, "ok": True, **fields} for verb, fields in ANSWERS.items()},
     "request-hello_gpu": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu"},
+    "request-hello_device": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu", "device": b"u" * 16},
     "reply-hello_gpu": {"id": 1, "ok": True, **WELCOME, "device": b"u" * 16},
+    "request-commit_pin": {"id": 1, "verb": "commit", "lease": 6, "pin": True},
+    "reply-commit_pin": {"id": 1, "ok": True, "committed": 1, "dropped": 0, "pinned": 2},
     "reply-error": failure(1, Gone("no lease 5")),
     "push-attach": {"id": 0, "push": "attach", "segments": [{**SEGMENT_NAMES, **SIZES}]},
     "push-detach": {"id": 0, "push": "detach", "segments": [SEGMENT_NAMES]},
@@ -144,7 +150,7 @@ def test_a_vector_is_read_as_its_message(name: str) -> None:
         (segment,) = check_values(what, message, PUSHES[what])["segments"]
         check_values(what, segment, ATTACHED if what == "attach" else SEGMENT)
     elif what != "error":
-        check_values(what, message, REPLIES[what.removesuffix("_gpu")])
+        check_values(what, message, REPLIES[what.removesuffix("_gpu").removesuffix("_pin")])
 
 
 def test_a_frame_is_made_as_the_document_says() -> None:

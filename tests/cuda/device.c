@@ -26,7 +26,7 @@
 
 enum { DEVICES_MAX = 8, RANGES_MAX = 4096 };
 
-struct range { char *start; size_t size; int readable; };  /* of mappings; of reservations without the last */
+struct range { char *start; size_t size; int readable, device; };  /* of mappings; of reservations without the last */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int initialized;
@@ -240,6 +240,7 @@ CUresult cuMemMap(CUdeviceptr address, size_t size, size_t offset, CUmemGenericA
     if (right && covering(reserved, start, size) && !overlaps(mapped, start, size)
         && mmap(start, size, PROT_NONE, MAP_SHARED | MAP_FIXED, (int)handle, 0) == start)
         result = enter(mapped, start, size);
+    if (!result) covering(mapped, start, size)->device = device_of((int)handle);
     pthread_mutex_unlock(&lock);
     return result;
 }
@@ -285,14 +286,14 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *start, size_t *size, CUdeviceptr a
 }
 
 static CUresult attribute_of(void *data, CUpointer_attribute attribute, CUdeviceptr address, int strict) {
-    int device = device_range(address, 1) != NULL;
+    struct range *device = device_range(address, 1);
     if (!initialized) return CUDA_ERROR_NOT_INITIALIZED;
     if (strict && !device) return CUDA_ERROR_INVALID_VALUE;
     switch (attribute) {
         case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)data = NULL; break;  /* a mapping belongs to no context */
         case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: *(CUmemorytype *)data = device ? CU_MEMORYTYPE_DEVICE : 0; break;
         case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)data = device ? address : 0; break;
-        case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)data = device ? 0 : -2; break;
+        case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)data = device ? device->device : -2; break;
         default: return CUDA_ERROR_INVALID_VALUE;
     }
     return CUDA_SUCCESS;
@@ -334,7 +335,7 @@ __attribute__((weak)) CUresult cuStreamSynchronize(CUstream stream) { (void)stre
 
 __attribute__((weak)) CUresult cuMemHostRegister_v2(void *start, size_t size, unsigned int flags) {
     if (getenv("STUB_CUDA_PINS_REFUSED")) return CUDA_ERROR_OUT_OF_MEMORY;
-    return !depth ? CUDA_ERROR_INVALID_CONTEXT : start && size && !flags ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    return !depth ? CUDA_ERROR_INVALID_CONTEXT : start && size && flags == CU_MEMHOSTREGISTER_PORTABLE ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 __attribute__((weak)) CUresult cuMemHostUnregister(void *start) { return start ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }

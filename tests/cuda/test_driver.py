@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.cuda.build import PAGE_BYTES, compile_c, environ, load
-from tierd import cuda, driver
+from tierd import cuda, devices, driver
 from tierd.client import pinned
 from tierd.cuda import Device, DeviceArray
 from tierd.driver import AllocationProperties, CopyAttributes
@@ -172,6 +172,7 @@ def test_structures_are_those_of_the_real_headers(tmp_path: Path) -> None:
         "CU_MEMCPY_SRC_ACCESS_ORDER_STREAM": pinned.IN_STREAM_ORDER,
         "CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE": pinned.BESIDE_KERNELS,
         "CU_EVENT_DISABLE_TIMING": pinned.WITHOUT_TIMING,
+        "CU_MEMHOSTREGISTER_PORTABLE": driver.PORTABLE,
         "CUDA_ERROR_NOT_READY": driver.NOT_READY,
         "CUDA_ERROR_NOT_SUPPORTED": driver.NOT_SUPPORTED,
         "CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED": cuda.CAN_MAP,
@@ -198,10 +199,10 @@ def test_structures_are_those_of_the_real_headers(tmp_path: Path) -> None:
 
 def test_a_device_is_named_by_its_number() -> None:
     """Anything else is refused with what it must be: "cuda" alone means another GPU to each process."""
-    assert cuda.device_number("cuda:12") == 12 and cuda.device_number("cpu") is None
+    assert devices.gpu_number("cuda:12") == 12 and devices.gpu_number("cpu") is None
     for name in ("cuda", "cuda:-1", "gpu:0", ""):
         with pytest.raises(Invalid, match="such as 'cuda:0'"):
-            cuda.device_number(name)
+            devices.gpu_number(name)
 
 
 def test_opening_an_unusable_gpu_is_the_callers_mistake(emulation: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from tests.contract.test_io_engines import need_kvikio
 from tests.cuda.build import environ, with_cufile
 from tests.cuda.straight import BLOCKS, LAYOUT
-from tierd.tiers.gds import SIZES, Measured, measure
+from tierd.tiers.gds import SIZES, Measured, measure, measure_all
 from tierd.tiers.paths import BOUNCE, DIRECTIONS, GDS, READ, WRITE, Paths, Speeds
 
 PATIENCE_SECONDS = 60.0
@@ -107,3 +107,16 @@ def test_the_nearest_size_that_was_measured_decides() -> None:
 def test_only_paths_that_there_are_have_a_series() -> None:
     """Without a GPU there is one; with one also the bounce, and GDS only where it works."""
     assert Paths("posix").names == ("posix",) and Paths("kvikio").names == ("kvikio-host",)
+
+
+def test_with_several_devices_it_must_work_with_each_and_the_slowest_counts(
+    emulation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are tried, blocks of either come back right, and a reason says of which device it is."""
+    for name, value in with_cufile(emulation, STUB_CUDA_DEVICES="2").items():
+        monkeypatch.setenv(name, value)
+    found = measure_all(tmp_path, ["cuda:0", "cuda:1"], 4, PATIENCE_SECONDS)
+    assert found.speeds is not None and set(found.speeds.measured) == set(DIRECTIONS), str(found)
+    found = measure_all(tmp_path, ["cuda:1", "cuda:2"], 4, PATIENCE_SECONDS)
+    assert found.speeds is None and len(found.reasons) == 1
+    assert found.reasons[0].startswith("cuda:2: it was tried") and "this process sees 2 GPUs" in found.reasons[0]

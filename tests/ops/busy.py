@@ -56,6 +56,7 @@ def converse(daemon: Daemon, model: str, stop: Event) -> None:
     turns = 0
     while not stop.is_set():
         with daemon.peer(model=model, client=f"engine {model}") as wire:
+            daemon.ask("quota", namespace=wire.welcome["namespace"].hex(), tier="cpu", min=SEGMENT_BYTES)
             for _ in range(200):
                 if stop.is_set():
                     break

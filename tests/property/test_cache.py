@@ -25,19 +25,22 @@ PICK = st.integers(0, 1 << 16)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Up to three tiers of a few slots, up to four clients, chains over an alphabet of three."""
+    """Up to four tiers of a few slots, up to four clients, chains over an alphabet of three."""
 
     @initialize(
         gpu=st.integers(0, 2),
+        devices=st.integers(1, 2),
         upper=st.integers(1, 3),
         lower=st.integers(0, 4),
         share=st.sampled_from((0.1, 0.25, 1.0)),
         policies=st.fixed_dictionaries({tier: st.sampled_from(SERVING) for tier in TIERS}),
         admission=st.sampled_from(ADMISSIONS),
     )
-    def start(self, gpu: int, upper: int, lower: int, share: float, policies: dict[str, str], admission: str) -> None:
+    def start(
+        self, gpu: int, devices: int, upper: int, lower: int, share: float, policies: dict[str, str], admission: str
+    ) -> None:
         """An empty cache with one client; sometimes without nvme or without a gpu tier."""
-        self.world = PagedWorld(upper, lower, 4, share, gpu, policies, admission)
+        self.world = PagedWorld(upper, lower, 4, share, gpu, policies, admission, devices)
         self.world.open(0)
 
     # -- who ----------------------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ class CacheMachine(RuleBasedStateMachine):
         return leases[pick % len(leases)]
 
     @precondition(lambda self: len(self.world.clients) < 4)
-    @rule(tier=st.integers(0, 1))
+    @rule(tier=st.integers(0, 2))
     def open(self, tier: int) -> None:
         """One client more, in any tier in memory."""
         self.world.open(min(tier, self.world.closed - 1))
@@ -109,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             self.world.release(client, lease)
 
-    @rule(tokens=TOKENS, tier=st.integers(0, 1))
+    @rule(tokens=TOKENS, tier=st.integers(0, 2))
     def prefetch(self, tokens: list[int], tier: int) -> None:
         """Without a lease."""
         self.world.prefetch(chain(tokens), tier=min(tier, self.world.closed - 1))
@@ -202,7 +205,7 @@ class CacheMachine(RuleBasedStateMachine):
             outcome = [OK] * len(transfer)
         self.world.finish(transfer, outcome)
 
-    @rule(pick=PICK, tier=st.integers(0, 2))
+    @rule(pick=PICK, tier=st.integers(0, 3))
     def vacate(self, pick: int, tier: int) -> None:
         """A segment is to be given up, whoever uses it."""
         tier = min(tier, self.world.tiers - 1)
@@ -217,7 +220,7 @@ class CacheMachine(RuleBasedStateMachine):
         for tier in range(self.world.tiers):
             self.world.add_segment(tier)
 
-    @rule(tier=st.integers(0, 2))
+    @rule(tier=st.integers(0, 3))
     def collect_and_grow(self, tier: int) -> None:
         """What is idle goes, and its numbers are used again."""
         if self.world.collect():

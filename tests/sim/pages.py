@@ -8,6 +8,7 @@ from itertools import repeat
 import numpy as np
 
 from tests.sim.clients import Client, Page, Place
+from tests.sim.tiers import PAGED, kind
 from tests.sim.world import World
 from tierd.block import ROOT
 from tierd.core.plan import NAMED, UNNAMED
@@ -17,7 +18,7 @@ from tierd.errors import Busy
 Naming = tuple[Place, bytes, bytes]
 """A page, its parent and its hash."""
 GPU = 0
-"""The place of the gpu tier where there is one."""
+"""The place of the first gpu tier where there is one."""
 
 
 class PagedWorld(World):
@@ -25,7 +26,7 @@ class PagedWorld(World):
 
     def is_paged(self, client: Client) -> bool:
         """Whether a client lives in the gpu tier."""
-        return self.names[client.tier] == "gpu"
+        return kind(self.names[client.tier]) == PAGED
 
     def reserve(self, client: Client, count: int) -> list[Place]:
         """Reserve pages; fewer, or none, only when nothing more can be had."""

@@ -11,6 +11,7 @@ import random
 from tests.sim.clients import Client, Place, chain
 from tests.sim.forget import forget_all
 from tests.sim.pages import Naming, PagedWorld
+from tests.sim.pins import pin, pin_again, pinned_stays, unpin
 from tierd.block import ROOT
 from tierd.core.admission import ADMISSIONS
 from tierd.core.ladder import TIERS
@@ -20,6 +21,7 @@ from tierd.core.policies import SERVING
 CLIENTS_MAX = 5
 DEEP_SHARE = 0.1
 """After which share of the steps the cache checks all of itself, which takes longer than the step."""
+PINS_MAX = 3
 PROMPT_BLOCKS_MAX = 40
 PROMPTS = 10
 """Earlier prompts that a new one may share blocks with."""
@@ -29,7 +31,7 @@ class Scenario:
     """A world and the dice. What is likely differs from seed to seed: one has slow media, another one loses segments
     all the time.
 
-    A mild one has no faults and keeps its segments, so that nothing leased may ever be lost.
+    A mild one has no faults and keeps its segments, so that nothing leased may ever be lost. Every second one has pins.
     """
 
     def __init__(self, seed: int) -> None:
@@ -39,7 +41,7 @@ class Scenario:
         lower, gpu = choice((0, 1, 1, 2, 2, 3, 4, 8)), choice((0, 0, 1, 2, 3))
         shape = choice((1, 2, 3, 4)), lower, choice((4, 8, 16)), choice((0.1, 0.25, 0.5, 1.0))
         policies = {tier: choice(SERVING) for tier in TIERS}
-        self.world = PagedWorld(*shape, gpu, policies, choice(ADMISSIONS))
+        self.world = PagedWorld(*shape, gpu, policies, choice(ADMISSIONS), devices=choice((1, 1, 2, 3)))
         self.prompts: list[tuple[int, ...]] = []
         self.steps = {
             **{self._read: 12, self._fill: 12, self._lookup: 5, self._load: 8, self._release: 8, self._prefetch: 4},
@@ -49,6 +51,7 @@ class Scenario:
             **{self._write_back: choice((4, 20, 40)), self._finish: choice((6, 25, 60))},
             self._purge: 0 if self.mild else choice((0, 0, 0.3)),
             **{self._vacate: 0 if self.mild else choice((0, 1, 6)), self._collect: 4, self._grow: choice((0.3, 3))},
+            **{self._pin: seed % 2 * 4, self._unpin: seed % 2 * 2},
         }
 
     def run(self, steps: int) -> None:
@@ -57,6 +60,7 @@ class Scenario:
         for step in self.dice.choices(names, weights, k=steps):
             self.world.now += self.dice.choice((0, 0, 1, 5, -3))
             step()
+            pinned_stays(self.world)
             self.world.check(deep=self.dice.random() < DEEP_SHARE)
         self.finish()
 
@@ -64,6 +68,7 @@ class Scenario:
         """All clients go, all transfers end: every slot is then free, in the index, or not trusted."""
         for client in list(self.world.clients.values()):
             self.world.kill(client)
+        self.world.cache.pins.clear()
         self.world.run_all()
         self.world.collect()
         self.world.check()
@@ -266,9 +271,19 @@ class Scenario:
 
     def _vacate(self) -> None:
         tier = self.dice.randrange(self.world.tiers)
-        open_ones = self.world.segments[tier].keys() - self.world.cache.pools[tier].closing
+        pool = self.world.cache.pools[tier]
+        open_ones = self.world.segments[tier].keys() - pool.closing - pool.pinned
         if len(open_ones) > 1:
             self.world.vacate(tier, self.dice.choice(sorted(open_ones)))
+
+    def _pin(self) -> None:
+        hashes, _ = self._chain()
+        if len(self.world.cache.pins.chains) < PINS_MAX:
+            pin(self.world, self.dice.choice([*hashes, *sorted(self.world.where)]), self.dice.choice((0, 1, 2, 100)))
+
+    def _unpin(self) -> None:
+        if pinned := list(self.world.cache.pins.chains):
+            unpin(self.world, self.dice.choice(pinned))
 
     def _purge(self) -> None:
         forget_all(self.world)
@@ -285,7 +300,9 @@ class Scenario:
 
     def _restart(self) -> None:
         arrived = (self.dice.random() < 0.5 for _ in iter(int, 1))
+        pinned = list(self.world.cache.pins.chains)
         self.world.restart(arrived, keeps_memory=self.dice.random() < 0.8)
+        pin_again(self.world, pinned)
 
 
 def play(seed: int, steps: int = 300) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from tests.sim.clients import Claim, Client, Place
 from tests.sim.directories import SOILED, Segment, rows_of
+from tests.sim.tiers import check_ways, feeds_another, kind, nearest, tier_sizes
 from tierd.block import HASH_BYTES, ROOT, split
 from tierd.core.admission import EVERYTHING
 from tierd.core.cache import Cache
@@ -34,9 +35,8 @@ SETTLED_PER_LESSON = 16
 class World:
     """`where` is the model: the slot of every copy, by hash and tier. All methods check what the cache answers.
 
-    `upper`, `lower` and `gpu` are numbers of segments of cpu, nvme and gpu; without any there is no such tier, but cpu.
-    `policies` are orders of eviction by tier; chd learns more often than it does by itself, or it would learn nothing in a
-    life so short.
+    `upper`, `lower` and `gpu` (on each of `devices`) are numbers of segments; without any there is no such tier, but cpu.
+    `policies` are orders of eviction by tier; chd learns more often, or would learn nothing in so short a life.
     """
 
     def __init__(
@@ -48,12 +48,13 @@ class World:
         gpu: int = 0,
         policies: Mapping[str, str] = {},
         admission: str = EVERYTHING,
+        devices: int = 1,
     ) -> None:
         self.slots, self.window_share, self.now = slots, window_share, 1_000_000
         self.policies, self.admission = policies, admission
         self._settled = 0
-        sizes = dict(zip(TIERS, (gpu, upper, lower), strict=True))
-        self.names = [name for name, count in sizes.items() if count]
+        sizes = tier_sizes(gpu, upper, lower, devices)
+        self.names = list(sizes)
         self.tiers = len(self.names)
         self.mapped = [at for at, name in enumerate(self.names) if name != CLOSED]
         self.closed = len(self.mapped)
@@ -69,8 +70,8 @@ class World:
         """A fault or a vacated segment may have taken blocks that are leased."""
         self._ids = iter(range(1, 1 << 40))
         self._start([{} for _ in self.names])
-        for tier, name in enumerate(self.names):
-            for _ in range(sizes[name]):
+        for tier, segments in enumerate(sizes.values()):
+            for _ in range(segments):
                 self.add_segment(tier)
 
     # -- clients ------------------------------------------------------------------------------------------------------
@@ -113,13 +114,14 @@ class World:
     def lookup(self, client: Client, hashes: list[bytes], parent: bytes = ROOT) -> Found:
         """Look a chain up, and compare every number of the answer with the model."""
         expected = self._prefix(hashes, parent)
-        highest = Counter(self.names[min(self.where[block])] for block in hashes[:expected])
+        places = (nearest(self.names, client.tier, self.where[block]) for block in hashes[:expected])
+        counted = Counter(kind(self.names[place]) for place in places)
         pending = {block for other in self.clients.values() for block in self._filled(other)}
         waiting = next((at for at, block in enumerate(hashes[expected:]) if block not in pending), len(hashes) - expected)
         found = self.cache.lookup(client.id, b"".join(hashes), parent, self.now)
         self.settle(evicts={client.tier})
         assert sum(found.tiers.values()) == len(hashes), "the tiers do not sum to the blocks asked"
-        assert [found.tiers[name] for name in TIERS] == [highest[name] for name in TIERS]
+        assert [found.tiers[name] for name in TIERS] == [counted[name] for name in TIERS]
         assert found.tiers["pending"] == waiting
         assert found.told <= found.blocks <= expected and found.told == len(found.slots)
         assert bool(found.lease) == bool(found.blocks)
@@ -369,13 +371,14 @@ class World:
                 for slot, block, parent in zip(transfer.target_slots.tolist(), hashes, parents, strict=True):
                     segment, at = self._place(target, slot)
                     segment.directory.begin([at], block, parent)
-        self.running += self.cache.planned
-        self.cache.planned.clear()
         self._settled += 1
         for order in self.cache.index.orders if self._settled % SETTLED_PER_LESSON == 0 else ():
             if isinstance(order, Chd):
                 order.survival.learn(self.now)
         tree, self.known = self._tree()
+        check_ways(self.names, self.cache.planned, tree)
+        self.running += self.cache.planned
+        self.cache.planned.clear()
         come = {(b, t): slot for b, at in tree.items() for t, slot in at.items() if self.where.get(b, {}).get(t) != slot}
         gone = {(b, t) for b, at in self.where.items() for t in at if t not in tree.get(b, {})}
         assert {tier for _, tier in gone} <= set(evicts), "copies are gone from a tier that had no reason to evict"
@@ -383,9 +386,7 @@ class World:
         self.where = tree
 
     def check(self, deep: bool = True) -> None:
-        """Raise AssertionError if anything that must hold between two steps does not; `deep` also asks the cache
-        itself.
-        """
+        """Raise AssertionError if anything that must hold between two steps does not; `deep` also asks the cache itself."""
         if deep:
             self.cache.check()
         for block, at in self.where.items():
@@ -435,7 +436,7 @@ class World:
 
     def _may_turn_away(self, tier: int) -> bool:
         """Whether the order of a tier may refuse what is new: chd's, where there is no other tier to choose for itself."""
-        return isinstance(self.cache.index.orders[tier], Chd) and tier + 1 not in self.cache.write_back.queues
+        return isinstance(self.cache.index.orders[tier], Chd) and not feeds_another(self.names, tier)
 
     def _tree(self) -> tuple[dict[bytes, dict[int, int]], set[bytes]]:
         """What the index says: where each resident block is, and all blocks that it knows."""

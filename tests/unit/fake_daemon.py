@@ -203,8 +203,8 @@ class Memory:
         lease = self.lease(connection.state, "write", b"".join(names), slots) if slots else 0
         return {"lease": lease, "slots": pack_slots(codes)}
 
-    def commit(self, connection: Connection, lease: int, count: int | None) -> dict[str, Any]:
-        """Publish."""
+    def commit(self, connection: Connection, lease: int, count: int | None, pin: bool) -> dict[str, Any]:
+        """Publish; nothing is evicted here, so there is nothing to pin."""
         _, hashes, slots = connection.state.leases.pop(lease)
         for name, slot in zip(split(hashes), slots, strict=True):
             segment, index = self.place(slot)

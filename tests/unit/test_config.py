@@ -100,7 +100,9 @@ def test_domains_map_users_to_names(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("[cpu]\nbyts = 5", r"cpu\.byts = 5 is no key of tierd: did you mean cpu\.bytes\?"),
-        ('[gpu]\ndevice = "cuda"', r"gpu\.device = 'cuda' must be 'cpu' or a GPU by its number, such as 'cuda:0'"),
+        ('[gpu]\ndevice = "cuda"', r"gpu\.device = 'cuda' must be 'cpu', a GPU by its number, such as 'cuda:0', or several"),
+        ('[gpu]\ndevice = "cuda:0,cpu:1"', r"gpu\.device = 'cuda:0,cpu:1' must be 'cpu', a GPU by its number"),
+        ('[gpu]\ndevice = "cuda:1,cuda:0,cuda:1"', r"gpu\.device = 'cuda:1,cuda:0,cuda:1' must name each device once"),
         ("[storage]", r"storage = \{\} is no key of tierd: the sections are server, gpu"),
         ("[log]\nzzz = 1", r"log\.zzz = 1 is no key of tierd: the keys of \[log\] are level, format"),
         ("cpu = 5", r"cpu = 5 is no key of tierd"),
@@ -238,6 +240,21 @@ def test_prepare_refuses_a_memory_tier_that_the_machine_cannot_hold(tmp_path: Pa
     """More than all memory is an impossible value."""
     with pytest.raises(Invalid, match=r"cpu\.bytes = 512TiB is over this machine's memory of"):
         load(flags={"--runtime-dir": str(tmp_path), "--cpu-bytes": "512TiB"}).prepare()
+
+
+def test_every_device_has_the_bytes_of_the_gpu_tier(tmp_path: Path) -> None:
+    """Memory and descriptors are counted for each; a GPU's memory is not this machine's."""
+
+    def on(device: str, **flags: str) -> Config:
+        sizes = {"gpu.bytes": "4GiB", "gpu.segment_bytes": "1GiB", "cpu.bytes": "2GiB", "cpu.segment_bytes": "1GiB"}
+        return Config.load(sizes | {"gpu.device": device} | flags, {"HOME": "/home/me"}, tmp_path / "none", uid=1000)
+
+    (tmp_path / "none").touch()
+    assert (on("cpu").gpu.host_bytes, on("cpu").memory_segments) == (4 << 30, 6)
+    assert (on("cpu:0,cpu:1").gpu.host_bytes, on("cpu:0,cpu:1").memory_segments) == (8 << 30, 10)
+    eight = on(",".join(f"cuda:{number}" for number in range(8)))
+    assert (eight.gpu.host_bytes, eight.memory_segments, len(eight.gpu.gpus)) == (0, 34, 8)
+    assert not on("cuda:0,cuda:1", **{"gpu.bytes": "0"}).gpu.devices
 
 
 def test_a_fallback_in_tmp_that_belongs_to_another_is_refused() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_keeper import SEGMENT_BYTES, FaultyTier, full_of
+from tests.unit.spaces import SEGMENT_BYTES, FaultyTier, full_of
 from tierd import clock
 from tierd.keeper import Keeper
 from tierd.scrub import IDLE, Scrub

@@ -36,7 +36,7 @@ from tierd.wire.messages import (
 def sample(argument: Argument) -> Any:
     """A small value that the argument allows."""
     size = max(argument.least, argument.multiple if argument.type is bytes and argument.least else argument.least)
-    return {int: size, bytes: bytes(size), str: "x" * size, dict: {}, list: [b"x" * 16] * size}[argument.type]
+    return {int: size, bool: False, bytes: bytes(size), str: "x" * size, dict: {}, list: [b"x" * 16] * size}[argument.type]
 
 
 def full(verb: str, verbs: Any = DATA) -> dict[str, Any]:

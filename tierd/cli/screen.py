@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tierd.cli.status import NAMESPACE_CHARACTERS, duration, harmless
-from tierd.core.ladder import TIERS
+from tierd.core.ladder import TIERS, kind_of
 from tierd.values import rounded_size
 
 Answer = Mapping[str, Any]
@@ -47,7 +47,8 @@ def tiers(new: Answer, old: Answer, seconds: float) -> Table:
     for name, tier in new["tiers"].items():
         used, most, slots = tier["used_bytes"], tier["limit_bytes"], tier["slots"]
         gone = [rate(new["evicted_blocks"], old["evicted_blocks"], f"{name}.{kind}", seconds) for kind in ("clean", "drop")]
-        bar = ProgressBar(most, used, BAR_WIDTH, complete_style=COLOURS[name], finished_style=COLOURS[name])
+        colour = COLOURS[kind_of(name)]
+        bar = ProgressBar(most, used, BAR_WIDTH, complete_style=colour, finished_style=colour)
         numbers = [f"{slots.get(state, 0):,}" for state in ("ready", "free", "filling")]
         table.add_row(name, bar, rounded_size(used), rounded_size(most), *numbers, f"{sum(gone):,.0f}", f"{gone[1]:,.0f}")
     return table

@@ -21,7 +21,8 @@ from tierd.client.connection import Connection, Ticket
 from tierd.client.link import Link
 from tierd.client.page_memory import PageMemory, Pages
 from tierd.clock import monotonic_seconds
-from tierd.cuda import Device, device_number
+from tierd.cuda import Device
+from tierd.devices import describe_device, gpu_number, host_id
 from tierd.errors import Busy, Closed, Invalid, TierdError
 from tierd.layout import Layout
 from tierd.wire.messages import (
@@ -119,7 +120,7 @@ class PageClient:
 
     Numbers from `private` are memory of this process alone, for when there is no daemon: they are the engine's to keep
     account of. `deadline_seconds` is how long an answer may take; then the daemon counts as away. `device` ("cuda:0", by this
-    process's numbers) must be the GPU that the daemon's gpu tier is on; then `memory` is a DeviceArray.
+    process's numbers) must be a GPU that the daemon has a gpu tier on; then `memory` is a DeviceArray.
     """
 
     def __init__(
@@ -147,7 +148,10 @@ class PageClient:
             **({"domain": domain} if domain else {}),
         }
         self.deadline_seconds = deadline_seconds
-        gpu = None if (number := device_number(device)) is None else Device(number)
+        gpu = None if (number := gpu_number(device)) is None else Device(number)
+        self._device = gpu.uuid if gpu else host_id(device)
+        if self._device:
+            hello["device"] = self._device
         self._memory = PageMemory(layout, pages_max, private_pages, gpu)
         self._reserved: NDArray[np.bool_] = np.zeros(pages_max, np.bool_)
         self._resuming = self._memory.held.copy()
@@ -423,9 +427,9 @@ class PageClient:
         return pack_held((segment, at, WRITING if self._reserved[page] else READING) for segment, at, page in records)
 
     def _greeted(self, resumed: bool) -> None:
-        theirs, ours = self._link.welcome.get("device", b""), self._memory.device.uuid if self._memory.device else b""
+        theirs, ours = self._link.welcome.get("device", b""), self._device
         if theirs != ours:
-            there, here = (f"GPU {uuid.hex()}" if uuid else "host memory" for uuid in (theirs, ours))
+            there, here = map(describe_device, (theirs, ours))
             raise Invalid(f"the daemon's gpu tier is in {there}, this client's pages are in {here}: give both the same device")
         self._memory.check_namespace(self._link.welcome["namespace"])
         if not resumed:

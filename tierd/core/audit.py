@@ -7,19 +7,20 @@ from numpy.typing import NDArray
 
 from tierd.core.index import Index
 from tierd.core.ladder import Ladder
+from tierd.core.pins import Pins
 from tierd.core.plan import Slots, Transfer
 from tierd.core.pool import FILLING, READY
 from tierd.core.session import Session
 
 
-def audit(index: Index, ladder: Ladder, sessions: list[Session], transfers: list[Transfer]) -> None:
+def audit(index: Index, ladder: Ladder, sessions: list[Session], transfers: list[Transfer], pins: Pins) -> None:
     """Raise AssertionError at the first thing that is wrong: every part is checked by itself, then against the others."""
     index.check()
     for session in sessions:
         session.check()
     for tier, (name, pool) in enumerate(zip(ladder.names, ladder.pools, strict=True)):
         pool.check()
-        users, fillers = _users(tier, name, len(pool.users), sessions, transfers)
+        users, fillers = _users(tier, name, len(pool.users), sessions, transfers, pins)
         wrong = np.flatnonzero(users != pool.users)
         assert not len(wrong), f"{name} slots {wrong[:8]} have users {pool.users[wrong[:8]]}, not {users[wrong[:8]]}"
         filling = np.setdiff1d(np.flatnonzero(pool.state == FILLING), fillers)
@@ -32,9 +33,9 @@ def audit(index: Index, ladder: Ladder, sessions: list[Session], transfers: list
 
 
 def _users(
-    tier: int, name: str, slots: int, sessions: list[Session], transfers: list[Transfer]
+    tier: int, name: str, slots: int, sessions: list[Session], transfers: list[Transfer], pins: Pins
 ) -> tuple[NDArray[np.int32], Slots]:
-    """By slot (of `slots`): how many leases, pages and transfers use it; and the slots that somebody fills."""
+    """By slot (of `slots`): how many leases, pages, transfers and pins use it; and the slots that somebody fills."""
     used: list[Slots] = [np.empty(0, np.int32)]
     filled: list[Slots] = [np.empty(0, np.int32)]
     for session in sessions:
@@ -45,6 +46,7 @@ def _users(
         if tier == session.tier:
             used += session.used()
             filled.append(session.all_pages())
+    used += [slots[tier] for slots in pins.chains.values()]
     for transfer in transfers:
         if transfer.source == name:
             used.append(transfer.source_slots)

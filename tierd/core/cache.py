@@ -27,15 +27,13 @@ from tierd.core.audit import audit
 from tierd.core.index import Index, Piece
 from tierd.core.ladder import TIERS, Ladder
 from tierd.core.pages import Pages
+from tierd.core.pins import Pins
 from tierd.core.plan import (
     DEMAND,
     IO_ERROR,
     MISMATCH,
-    NO_ROOM,
     OK,
-    PENDING,
     PREFETCH,
-    STORED,
     WRITE_BACK,
     Committed,
     Found,
@@ -47,17 +45,15 @@ from tierd.core.plan import (
     Wait,
     keep_one,
     leading,
-    names,
-    nothing,
-    pick,
 )
 from tierd.core.policies import make_orders
-from tierd.core.pool import FILLING, Pool
+from tierd.core.pool import Pool
 from tierd.core.promotion import Promotion
-from tierd.core.publish import parent_piece, positions, publish
+from tierd.core.publish import positions
 from tierd.core.room import Room
 from tierd.core.seen import Seen
 from tierd.core.session import Session
+from tierd.core.stores import Stores
 from tierd.core.transfers import Transfers
 from tierd.core.write_back import WriteBack
 from tierd.errors import Busy, Gone, Invalid
@@ -88,16 +84,15 @@ class Cache:
         self.index = Index(len(ladder), seed, make_orders(ladder, policies))
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
-        self._block_tokens = block_tokens
-        self._seen = Seen(self.counters)
+        self._block_tokens, self._seen = block_tokens, Seen(self.counters)
+        self.pins = Pins(self.index, ladder, self.counters)
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder)
         self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)
         self.write_back = WriteBack(self.index, ladder, self._room, self._transfers, self.counters, write_back, admission)
         self.pages = Pages(self.index, self._room, self.write_back, self.counters)
-        self._pending: dict[bytes, Lease] = {}
-        """Blocks that are being written, with the leases under which they are."""
         self._ids = counter(1)
+        self._stores = Stores(self.index, ladder, self._room, self.write_back, self.counters, self._ids)
 
     @property
     def planned(self) -> list[Transfer]:
@@ -180,7 +175,8 @@ class Cache:
         here, blocks = slots[tier], slots.shape[1]
         is_here = here >= 0
         self._offer_again(hashes, parent, slots)
-        tiers = self._attribute(hashes, slots, is_here if tier == 0 else slots[0] >= 0)
+        near = self.ladder.near[tier]
+        tiers = self._attribute(hashes, slots, near, is_here if near[0] == tier else slots[near[0]] >= 0)
         self.index.touch(pieces, now, hashes[blocks * HASH_BYTES :])
         if not blocks:
             return Found(0, 0, 0, here, tiers)
@@ -265,101 +261,21 @@ class Cache:
     # -- store, commit, abort -----------------------------------------------------------------------------------------
 
     def store(self, session_id: int, hashes: bytes, parent: bytes, now: int) -> Placed:
-        """Slots for the blocks that are new; raises Gone when the parent is unknown.
-
-        A parent that is still being written will do; it has to be committed before them.
-        """
-        session = self.sessions[session_id]
-        pieces = self.index.match(hashes, parent)
-        if pieces is None:
-            if parent not in self._pending:
-                raise Gone("store: the parent of the first block is not known here; store the chain from its root")
-            pieces = []
-        codes = np.full(len(hashes) // HASH_BYTES, NO_ROOM, np.int32)
-        for at, piece in positions(pieces):
-            stored = (piece.node.slots[:, piece.start : piece.end] >= 0).any(0)
-            codes[at : at + piece.blocks][stored] = STORED
-        wanted = np.flatnonzero(codes == NO_ROOM)
-        new = set(names(pick(hashes, wanted)))
-        if len(new) < len(wanted) or ROOT in new:
-            raise Invalid("store: a block hash is there twice, or is all zeros; hashes must be chained over their parents")
-        if not self._pending.keys().isdisjoint(new):
-            pending = np.array([block in self._pending for block in names(pick(hashes, wanted))], np.bool_)
-            codes[wanted[pending]] = PENDING
-            wanted = wanted[~pending]
-        anchor = self.index.touch(pieces or self._parent_piece(parent), now)
-        new_to_all = pick(hashes, wanted) if self._is_last(session.tier) else b""
-        taken = self._room.take(session.tier, len(wanted), anchor[-1].node if anchor else None, new_to_all)
-        if len(taken) < len(wanted):
-            self.counters["store_short",] += 1
-        if not len(taken):
-            return Placed(0, codes)
-        wanted = wanted[: len(taken)]
-        codes[wanted] = taken
-        run = pick(hashes, wanted)
-        session.pool.begin(taken, run, pick(parent + hashes[:-HASH_BYTES], wanted))
-        session.pool.touched(taken, now)
-        rows = np.full((len(self.pools), len(taken)), -1, np.int32)
-        rows[session.tier] = taken
-        everything = np.ones(len(taken), np.bool_)
-        lease = Lease(next(self._ids), session_id, session.tier, parent, hashes, rows, len(taken), everything, wanted)
-        session.leases[lease.id] = lease
-        session.tell(taken)
-        self._pending.update(dict.fromkeys(names(run), lease))
-        return Placed(lease.id, codes)
+        """Slots for the blocks that are new; raises Gone when the parent is unknown (see Stores.store)."""
+        return self._stores.store(self.sessions[session_id], hashes, parent, now)
 
     def commit(self, session_id: int, lease_id: int, count: int | None, now: int) -> Committed:
         """Publish the first `count` blocks of a writing lease (default: all) and end it; the others are aborted."""
-        session = self.sessions[session_id]
-        lease = session.lease(lease_id, writing=True)
-        count = lease.blocks if count is None else count
-        if not 0 <= count <= lease.blocks:
-            raise Invalid(f"commit: {count} blocks of a lease of {lease.blocks}")
-        self._end_writing(session, lease)
-        if count < lease.blocks:
-            session.pool.give(lease.here[count:])
-        dropped = self._publish(session.pool, lease, count, now)
-        return Committed(count - dropped, dropped)
+        return self._stores.commit(self.sessions[session_id], lease_id, count, now)
 
     def abort(self, session_id: int, lease_id: int) -> None:
         """Give the slots of a writing lease back."""
         session = self.sessions[session_id]
-        self._end_lease(session, session.lease(lease_id, writing=True))
-
-    def _publish(self, pool: Pool, lease: Lease, count: int, now: int) -> int:
-        """Enter the first `count` filled slots of a lease into the tree; returns how many have no place there."""
-        assert lease.positions is not None
-        slots, at = lease.here[:count], lease.positions[:count]
-        total = int(at[-1]) + 1 if count else 0
-        hashes = lease.hashes[: total * HASH_BYTES]
-        alive = pool.state[slots] == FILLING  # the others are in a segment that is being given up
-        offered = nothing(total)
-        offered[at[alive]] = slots[alive]
-        placed = publish(self.index, lease.tier, lease.parent, hashes, offered, now) if count else None
-        if placed is None:
-            pool.give(slots)
-            self.counters["commit_orphans",] += count
-            return count
-        entered = placed[at] == slots
-        pool.ready(slots[entered])
-        self.write_back.offer(lease.tier, lease.parent, hashes)
-        if entered.all():
-            return 0
-        pool.give(slots[~entered])
-        if dropped := int(((placed[at] < 0) | ~alive).sum()):
-            self.counters["commit_misplaced",] += dropped
-        return dropped
-
-    def _end_writing(self, session: Session, lease: Lease) -> None:
-        del session.leases[lease.id]
-        for block in names(lease.filled()):
-            del self._pending[block]
-        session.untell(lease.here)
+        self._stores.abort(session, session.lease(lease_id, writing=True))
 
     def _end_lease(self, session: Session, lease: Lease) -> None:
         if lease.writing:
-            self._end_writing(session, lease)
-            session.pool.give(lease.here)
+            self._stores.abort(session, lease)
         else:
             del session.leases[lease.id]
             session.let_go(lease, slice(None))
@@ -434,25 +350,21 @@ class Cache:
         kept = [piece._replace(blocks=min(piece.blocks, blocks - at)) for at, piece in positions(pieces) if at < blocks]
         return slots[:, :blocks], kept
 
-    def _attribute(self, hashes: bytes, slots: Slots, on_top: NDArray[np.bool_]) -> dict[str, int]:
-        """Where the highest copy of each block asked for is; the values sum to their number."""
+    def _attribute(self, hashes: bytes, slots: Slots, near: NDArray[np.intp], on_top: NDArray[np.bool_]) -> dict[str, int]:
+        """In which kind of tier each block asked for is, of several the first of `near`; the values sum to their number."""
         asked, blocks = len(hashes) // HASH_BYTES, slots.shape[1]
         found = dict.fromkeys(TIERS, 0)
-        found[self.ladder.names[0]] = rest = int(np.count_nonzero(on_top))
-        if rest < blocks:
-            for name, number in zip(self.ladder.names, np.bincount((slots >= 0).argmax(0)).tolist(), strict=False):
-                found[name] = number
-        pending = 0
-        while self._pending and blocks + pending < asked:
-            at = (blocks + pending) * HASH_BYTES
-            if hashes[at : at + HASH_BYTES] not in self._pending:
-                break
-            pending += 1
+        found[self.ladder.kinds[near[0]]] = top = int(np.count_nonzero(on_top))
+        if top < blocks:
+            there = np.bincount((slots[near] >= 0).argmax(0)).tolist()
+            for place, number in zip(near[1:].tolist(), there[1:], strict=False):
+                found[self.ladder.kinds[place]] += number
+        pending = self._stores.leading(hashes[blocks * HASH_BYTES :]) if blocks < asked else 0
         miss = asked - blocks - pending
         tiers = {**found, "remote": 0, "pending": pending, "miss": miss}
-        for tier, number in tiers.items():
+        for name, number in tiers.items():
             if number:
-                self.counters["lookup", tier] += number
+                self.counters["lookup", name] += number
         return tiers
 
     def _offer_again(self, hashes: bytes, parent: bytes, slots: Slots) -> None:
@@ -462,21 +374,6 @@ class Cache:
             above = leading(slots[closed] >= 0)
             if count := leading(slots[closed - 1, above:] >= 0):
                 self.write_back.offer(closed - 1, parent, hashes[: (above + count) * HASH_BYTES])
-
-    def _is_last(self, tier: int) -> bool:
-        """Whether what this tier turns away is lost: of a tier that feeds one below, it is that one's to choose."""
-        return tier + 1 not in self.write_back.queues
-
-    def _parent_piece(self, parent: bytes) -> list[Piece]:
-        """The parent of a chain that is new here, as the end of a path to touch; of one that is being written, what is
-        known of the way to it.
-        """
-        while lease := self._pending.get(parent):
-            end = names(lease.hashes).index(parent) + 1  # what is behind it, the tree may know too
-            if pieces := self.index.match(lease.hashes[: end * HASH_BYTES], lease.parent):
-                return pieces
-            parent = lease.parent
-        return parent_piece(self.index, parent)
 
     def _tell(self, session: Session, lease: Lease, first: int, end: int, now: int) -> None:
         """Name the slots of blocks [first, end) of a reading lease to its session, unless that was done before."""
@@ -489,9 +386,8 @@ class Cache:
     def check(self) -> None:
         """Raise AssertionError if leases, transfers, slots and the tree do not add up; for tests and idle time."""
         leases = [lease for session in self.sessions.values() for lease in session.leases.values()]
-        named = [block for lease in leases for block in names(lease.filled())]
-        assert sorted(named) == sorted(self._pending), "pending blocks are not those of the writing leases"
-        audit(self.index, self.ladder, list(self.sessions.values()), list(self.transfers.values()))
+        self._stores.check(leases)
+        audit(self.index, self.ladder, list(self.sessions.values()), list(self.transfers.values()), self.pins)
 
 
 def _risen(lease: Lease, first: int, end: int) -> int:

@@ -60,6 +60,11 @@ class Lease:
         """Whether the lease's slots are being filled by the session."""
         return self.positions is not None
 
+    def last_hash(self, count: int | None) -> bytes:
+        """The last of the first `count` blocks that are being filled (None: of all), or nothing."""
+        at = [] if self.positions is None else self.positions[:count].tolist()
+        return self.hashes[at[-1] * HASH_BYTES : (at[-1] + 1) * HASH_BYTES] if at else b""
+
     def filled(self) -> bytes:
         """The hashes of the blocks that are being filled."""
         return pick(self.hashes, self.positions) if self.positions is not None else b""

@@ -22,7 +22,7 @@ POLICIES: dict[str, Callable[[Callable[[], int]], Policy]] = {
 SERVING = ("lru", "lfu", "chd")
 """Those that a daemon may use; the others are measures."""
 DEFAULTS = {"gpu": "lru", "cpu": "lru", "nvme": "lru"}
-"""By tier; docs/policies.md has the measurements behind them."""
+"""By kind of tier; docs/policies.md has the measurements behind them."""
 
 
 def make_policy(name: str, slots: Callable[[], int]) -> Policy:
@@ -31,8 +31,8 @@ def make_policy(name: str, slots: Callable[[], int]) -> Policy:
 
 
 def make_orders(ladder: Ladder, names: Mapping[str, str]) -> list[Policy]:
-    """An empty order for each tier of a ladder, by the names of tiers; those that are not named have the default."""
+    """An empty order for each tier of a ladder, by the kinds of tiers; those that are not named have the default."""
     return [
-        make_policy(names.get(tier, DEFAULTS[tier]), lambda pool=pool: pool.slots)  # type: ignore[misc]
-        for tier, pool in zip(ladder.names, ladder.pools, strict=True)
+        make_policy(names.get(kind, DEFAULTS[kind]), lambda pool=pool: pool.slots)  # type: ignore[misc]
+        for kind, pool in zip(ladder.kinds, ladder.pools, strict=True)
     ]

@@ -51,6 +51,8 @@ class Pool:
         self.segments: dict[int, Directory] = {}
         self.closing: set[int] = set()
         """Ordinals that take no new blocks because their segment is being given up."""
+        self.pinned: set[int] = set()
+        """Ordinals that are not given up because a pin uses a slot of their segment."""
         self.users: NDArray[np.int32] = np.zeros(0, np.int32)
         self.state: NDArray[np.uint8] = np.zeros(0, np.uint8)
         self.last_use: dict[int, int] = {}

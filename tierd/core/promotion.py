@@ -130,7 +130,8 @@ class Promotion:
         hashes, parents = pick(lease.hashes, first + blocks), pick(lease.parent + lease.hashes[:-HASH_BYTES], first + blocks)
         self._pools[tier].begin(targets, hashes, parents)
         self._pools[tier].touched(targets, now)
-        sources = (copies[:, blocks] >= 0).argmax(0)  # the closest: its own tier has none of them
+        near = self._ladder.near[tier]
+        sources = near[(copies[near[:, None], blocks] >= 0).argmax(0)]  # the closest: its own tier has none of them
         cuts = np.flatnonzero(np.diff(sources)) + 1
         for run_first, run_end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(blocks)], strict=True):
             source = int(sources[run_first])

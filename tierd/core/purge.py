@@ -16,6 +16,7 @@ from tierd.core.session import Session
 def purge(cache: Cache) -> int:
     """Forget every block; returns how many there were. Segments are idle when the last user of their slots has gone."""
     blocks = cache.index.blocks
+    cache.pins.clear()
     for session in cache.sessions.values():
         for lease in session.leases.values():
             if not lease.writing:

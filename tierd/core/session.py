@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.core.ladder import PAGED, Ladder
+from tierd.core.ladder import Ladder
 from tierd.core.plan import Lease, Slots
 from tierd.core.pool import FILLING, FREE, RETIRED, Pool, rows_of
 from tierd.errors import Gone, Invalid
@@ -43,7 +43,7 @@ class Session:
     @property
     def paged(self) -> bool:
         """Whether the session uses its tier's slots as pages."""
-        return self._ladder.names[self.tier] == PAGED
+        return self.tier < self._ladder.paged
 
     def lease(self, lease_id: int, writing: bool) -> Lease:
         """A lease by its id; raises Gone when it is not held, Invalid when it was made for the other direction."""

@@ -1,6 +1,6 @@
 """Write-back: copying down the ladder what was committed, oldest first and head first.
 
-Each tier but the top one has a queue of runs that are to come to it from above; what has come to a tier goes on to the
+Each tier but those at the top has a queue of runs that are to come to it from above; what has come to a tier goes on to the
 next. A run that is queued is looked up again when its turn comes: what is not there yet is copied, from the lowest tier
 above that has it. What any tier further down has already stays where it is.
 
@@ -73,7 +73,7 @@ class Queue:
 
 
 class WriteBack:
-    """One queue for each tier but the top one; without `closes`, none leads to the prefix-closed tier."""
+    """One queue for each tier but those at the top; without `closes`, none leads to the prefix-closed tier."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class WriteBack:
         self._index, self._ladder, self._pools = index, ladder, ladder.pools
         self._room, self._transfers, self._counters = room, transfers, counters
         lowest = len(ladder) if closes else ladder.closed
-        self.queues = {target: Queue() for target in range(1, lowest)}
+        self.queues = {target: Queue() for target in range(ladder.below(0), lowest)}
         """By target."""
         lower = self._pools[ladder.closed] if ladder.closed < len(ladder) else None
         self.admission = Admission(admission, lambda: lower.slots if lower else 0)
@@ -109,28 +109,31 @@ class WriteBack:
         """Queue a run that is in `tier` now, under a number that it has already or the present one; the oldest runs go when
         the queue is full, and their blocks are counted.
         """
-        queue = self.queues.get(tier + 1)
+        target = self._ladder.below(tier)
+        queue = self.queues.get(target)
         if queue is None:
             return
         queue.append(Run(self._number if number is None else number, parent, hashes))
-        above = sum(pool.slots for pool in self._pools[: tier + 1])
+        above = sum(pool.slots for pool in self._pools[:target])
         while queue.blocks > TURNS * above and len(queue) > 1:
             self._counters["write_back_dropped",] += len(queue.pop().hashes) // HASH_BYTES
 
     def offer(self, tier: int, parent: bytes, hashes: bytes) -> None:
         """Queue what may come to the tier below of a run that was just stored in `tier`, or read there."""
-        if tier + 1 == self._ladder.closed and tier + 1 in self.queues:
+        if self._ladder.below(tier) == self._ladder.closed and self._ladder.closed in self.queues:
             hashes = hashes[: self.admission.offered(hashes) * HASH_BYTES]
         if hashes:
             self.push(tier, parent, hashes)
 
     def push_all(self) -> None:
         """Queue all that is not below, coldest first (after recovery)."""
-        for target in self.queues:
-            for node in self._index.orders[target - 1].coldest():
-                if ((node.slots[target - 1] >= 0) & (node.slots[target:].max(0) < 0)).any():
+        for tier in self._ladder.mapped:
+            if (target := self._ladder.below(tier)) not in self.queues:
+                continue
+            for node in self._index.orders[tier].coldest():
+                if ((node.slots[tier] >= 0) & (node.slots[target:].max(0) < 0)).any():
                     assert node.parent is not None
-                    self.push(target - 1, node.parent.last_hash, node.hashes)
+                    self.push(tier, node.parent.last_hash, node.hashes)
 
     def forget(self) -> None:
         """Write nothing of what waits."""

@@ -32,7 +32,7 @@ def examine(machine: Machine, config: Config) -> Iterator[Finding]:
 
 def wants_gpu(config: Config) -> bool:
     """Whether the gpu tier is to be on a GPU."""
-    return bool(config.gpu.bytes) and config.gpu.device != "cpu"
+    return bool(config.gpu.gpus)
 
 
 def gpus(machine: Machine) -> list[str]:

@@ -11,7 +11,7 @@ from tierd.doctor.finding import ERROR, NOTE, OK, WARNING, Finding
 from tierd.doctor.gpu import gpus, wants_gpu
 from tierd.doctor.machine import Machine
 from tierd.errors import Invalid
-from tierd.tiers.gds import measure
+from tierd.tiers.gds import measure_all
 from tierd.tiers.io.probe import probe
 from tierd.values import rounded_size
 
@@ -117,7 +117,7 @@ def _io_engine(config: Config, folder: Path) -> Finding:
 
 def _gds(config: Config, folder: Path) -> Finding:
     """Whether GPUDirect Storage is really in use there: tried as the daemon tries it at its start."""
-    found = measure(folder, config.gpu.device, config.nvme.io_threads, config.nvme.probe_seconds_max)
+    found = measure_all(folder, config.gpu.gpus, config.nvme.io_threads, config.nvme.probe_seconds_max)
     if found.speeds is not None:
         return Finding("gds in use", OK, f"{config.gpu.device} and {folder}: {found}")
     level = ERROR if config.nvme.require_gds else WARNING

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from tierd.clock import monotonic_seconds
-from tierd.cuda import Device, DeviceArray, device_number
+from tierd.cuda import Device, DeviceArray
+from tierd.devices import gpu_number
 from tierd.layout import Layout, Namespace
 from tierd.tiers.io import IoEngine, cufile, make
 from tierd.tiers.io.probe import in_child
@@ -65,6 +66,21 @@ def measure(folder: Path, device: str, threads: int, timeout_seconds: float) -> 
     return Measured(Speeds({way: {int(size): (one, two) for size, (one, two) in rows[way].items()} for way in DIRECTIONS}))
 
 
+def measure_all(folder: Path, devices: list[str], threads: int, timeout_seconds: float) -> Measured:
+    """One choice for all devices of a daemon: it must work with each of them, and the slowest one counts."""
+    found = {name: measure(folder, name, threads, timeout_seconds) for name in devices}
+    if reasons := [f"{name}: {reason}" for name, one in found.items() for reason in one.reasons]:
+        return Measured(None, tuple(reasons))
+    rows = [one.speeds.measured for one in found.values() if one.speeds]
+    slowest = {way: {size: _slowest([row[way][size] for row in rows]) for size in rows[0][way]} for way in rows[0]}
+    return Measured(Speeds(slowest))
+
+
+def _slowest(speeds: list[tuple[float, float]]) -> tuple[float, float]:
+    straight, bounce = zip(*speeds, strict=True)
+    return min(straight), min(bounce)
+
+
 def _try(folder: Path, name: str, threads: int) -> dict[str, object]:
     """In the child: what `measure` reads."""
     import kvikio.defaults
@@ -73,7 +89,7 @@ def _try(folder: Path, name: str, threads: int) -> dict[str, object]:
     if kvikio.defaults.is_compat_mode_preferred():
         udev = [] if os.path.isdir("/run/udev") else ["/run/udev is not there, which cuFile needs"]
         return {"reasons": ["kvikio is in its compatibility mode, which copies through host memory", *udev]}
-    number = device_number(name)
+    number = gpu_number(name)
     assert number is not None, f"{name} has no files to reach"
     counts, device = cufile.start(), Device(number)
     address = device.reserve(size := -(-ROUND_BYTES // device.granularity) * device.granularity)

@@ -76,20 +76,23 @@ class MemoryTier:
     medium = Medium.MEMORY
 
     def __init__(
-        self, name: str, bytes_max: int, segment_bytes: int, huge_pages: str = "off", pins: Pins | None = None
+        self,
+        name: str,
+        bytes_max: int,
+        segment_bytes: int,
+        huge_pages: str = "off",
+        pins: Pins | None = None,
+        device: bytes = b"",
     ) -> None:
         self.name = name
+        self.device = device
+        """The GPU that segments are on, by its 16 bytes, or what stands for one; empty in host memory."""
         self.pins = pins
         self.budget = Budget(bytes_max)
         self._segment_bytes = segment_bytes
         self._huge_pages = huge_pages
         self.not_kept = 0
         """Descriptors that the service manager did not take: they end with this process."""
-
-    @property
-    def device(self) -> bytes:
-        """The GPU that segments are on, by its 16 bytes; empty in host memory."""
-        return b""
 
     def geometry(self, namespace: Namespace) -> Geometry:
         """See Tier."""
@@ -135,13 +138,8 @@ class DeviceTier(MemoryTier):
     medium = Medium.DEVICE
 
     def __init__(self, name: str, bytes_max: int, segment_bytes: int, device: Device) -> None:
-        super().__init__(name, bytes_max, segment_bytes)
+        super().__init__(name, bytes_max, segment_bytes, device=device.uuid)
         self._device = device
-
-    @property
-    def device(self) -> bytes:
-        """See MemoryTier."""
-        return self._device.uuid
 
     def geometry(self, namespace: Namespace) -> Geometry:
         """See Tier."""

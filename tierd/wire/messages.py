@@ -57,7 +57,15 @@ LABEL = Argument(str, 1, 128)
 HEX = Argument(str, 4, 64)
 FLAG = Argument(bool, 0, 1)
 
-HELLO = {"model": NAME, "layout": MAP, "fingerprint": BIN16, "client": TEXT, "domain": optional(NAME), "tier": optional(NAME)}
+HELLO = {
+    "model": NAME,
+    "layout": MAP,
+    "fingerprint": BIN16,
+    "client": TEXT,
+    "domain": optional(NAME),
+    "tier": optional(NAME),
+    "device": optional(BIN16),
+}
 HELD = Struct("<16sII")
 ENVELOPE = {"id": optional(U32, 0), "deadline_ms": optional(U32)}
 """May come with every request."""
@@ -81,7 +89,7 @@ DATA = {
     "load": {"lease": U64, "first": U32, "count": COUNT},
     "release": {"lease": U64, "first": optional(U32), "count": optional(COUNT)},
     "store": {"hashes": HASHES, "parent": PARENT},
-    "commit": {"lease": U64, "count": optional(U32)},
+    "commit": {"lease": U64, "count": optional(U32), "pin": optional(FLAG, False)},
     "abort": {"lease": U64},
     "reserve": {"count": COUNT},
     "commit_pages": {"slots": PAGES, "parents": HASHES, "hashes": HASHES},
@@ -100,6 +108,9 @@ ADMIN: dict[str, dict[str, Argument]] = {
     "record": {"namespace": optional(Argument(bytes, 0, 32), b"")},
     "purge": {"namespace": HEX, "shred": optional(FLAG, False)},
     "scrub": {"action": NAME},
+    "pin": {"namespace": HEX, "block": optional(BIN32)},
+    "unpin": {"namespace": HEX, "block": BIN32},
+    "quota": {"namespace": optional(HEX, ""), "tier": optional(NAME), "min": optional(U64), "max": optional(U64)},
 }
 
 
@@ -167,6 +178,11 @@ def check(message: Mapping[str, Any], verbs: Mapping[str, Mapping[str, Argument]
 
 def only_reads(request: Request) -> bool:
     """Whether a request on the admin socket changes nothing."""
+    match request.verb:
+        case "quota":
+            return request["min"] is None and request["max"] is None
+        case "pin":
+            return request["block"] is None
     return request.verb in ("status", "record") or request.get("action") == "status"
 
 
