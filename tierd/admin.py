@@ -8,10 +8,8 @@ from typing import Any
 
 from tierd import audit, clock
 from tierd.config import Config
-from tierd.core.plan import WRITE_BACK
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
-from tierd.metrics import FAILURES, Metrics
 from tierd.purge import Purged, purge
 from tierd.recorder import Recorder
 from tierd.scrub import Scrub
@@ -21,9 +19,6 @@ from tierd.status import Status
 from tierd.tiers.state import folder_of
 from tierd.wire.messages import Request
 
-GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
-GIVEN_UP += [("failed", outcome, WRITE_BACK) for outcome in FAILURES]
-"""Counters of blocks that were to be written and will not be."""
 RECORD_SECONDS = 1.0
 """How long an answer to `record` waits for the first request."""
 
@@ -35,14 +30,13 @@ class Admin:
         self,
         config: Config,
         keeper: Keeper,
-        metrics: Metrics,
         recorder: Recorder,
         status: Status,
         scrub: Scrub,
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._config, self._keeper, self._metrics, self._recorder, self._status = config, keeper, metrics, recorder, status
+        self._config, self._keeper, self._recorder, self._status = config, keeper, recorder, status
         self._scrub, self._drain, self._reload = scrub, drain, reload
         self._purging: set[asyncio.Task[Purged]] = set()
 
@@ -86,11 +80,9 @@ class Admin:
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
-        before = self._metrics.counters()
         most = self._config.limits.wait_seconds_max if seconds is None else seconds
         await self._keeper.sync(clock.monotonic_seconds() + most)
-        meanwhile = self._metrics.counters() - before
-        return {"blocks": meanwhile["written",], "given_up": sum(meanwhile[name] for name in GIVEN_UP)}
+        return self._status.written()
 
     async def _purge(self, prefix: str, shred: bool) -> dict[str, Any]:
         space = self._find(prefix)

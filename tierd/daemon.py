@@ -129,7 +129,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
         status.metrics_address = exporter.address
-        admin = Admin(config, keeper, metrics, recorder, status, scrub, stop.set, reloader.reload)
+        admin = Admin(config, keeper, recorder, status, scrub, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
