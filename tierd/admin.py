@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from tierd import audit, clock
+from tierd.audit import Answering
 from tierd.config import Config
-from tierd.core.plan import WRITE_BACK
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
-from tierd.metrics import FAILURES, Metrics
 from tierd.pinboard import Pinboard, listed, pinned_bytes
-from tierd.purge import Purged, purge
+from tierd.purge import Purged, leave, purge
 from tierd.quotas import UNLIMITED, Quotas, checked
 from tierd.recorder import Recorder
 from tierd.scrub import Scrub
@@ -24,9 +24,6 @@ from tierd.tiers.state import folder_of
 from tierd.tiers.tier import Tier
 from tierd.wire.messages import Request
 
-GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
-GIVEN_UP += [("failed", outcome, WRITE_BACK) for outcome in FAILURES]
-"""Counters of blocks that were to be written and will not be."""
 RECORD_SECONDS = 1.0
 """How long an answer to `record` waits for the first request."""
 
@@ -38,7 +35,6 @@ class Admin:
         self,
         config: Config,
         keeper: Keeper,
-        metrics: Metrics,
         recorder: Recorder,
         status: Status,
         scrub: Scrub,
@@ -47,9 +43,14 @@ class Admin:
         drain: Callable[[], None],
         reload: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._config, self._keeper, self._metrics, self._recorder, self._status = config, keeper, metrics, recorder, status
+        self._config, self._keeper, self._recorder, self._status = config, keeper, recorder, status
         self._scrub, self._quotas, self._pinboard, self._drain, self._reload = scrub, quotas, pinboard, drain, reload
         self._purging: set[asyncio.Task[Purged]] = set()
+
+    async def close(self) -> None:
+        """Wait for purges under way, so that no header is written any more when the next life reads them."""
+        if self._purging:
+            await asyncio.wait(self._purging)
 
     def connected(self, connection: Connection) -> None:
         """Nothing is kept per connection; the server admits only root and the daemon's own user."""
@@ -70,40 +71,38 @@ class Admin:
         audit.asked(connection.peer, request, "done")
         return answer
 
-    def _answer(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+    def _answer(self, connection: Connection, request: Request) -> dict[str, Any] | Answering:
         match request.verb:
             case "status":
                 return self._status()
             case "sync":
-                return self._sync(request.deadline_seconds)
+                return partial(self._sync, request.deadline_seconds)
             case "drain":
                 self._drain()
                 return {}
             case "reload":
-                return self._reload()
+                return self._reload
             case "record":
                 seconds = min(RECORD_SECONDS, self._config.limits.wait_seconds_max / 2)
-                return self._recorder.take(connection, request["namespace"], seconds)
+                return partial(self._recorder.take, connection, request["namespace"], seconds)
             case "purge":
-                return self._purge(request["namespace"], request["shred"])
+                return partial(self._purge, request["namespace"], request["shred"])
             case "scrub":
                 return self._scrubbed(request["action"])
             case "pin":
-                return self._pin(request["namespace"], request["block"])
+                return partial(self._pin, request["namespace"], request["block"])
             case "unpin":
-                return self._unpin(request["namespace"], request["block"])
+                return partial(self._unpin, request["namespace"], request["block"])
             case "quota":
                 if request["min"] is None and request["max"] is None:
                     return {"quotas": self._allotted(request["namespace"], request["tier"])}
-                return self._allot(**request)
+                return partial(self._allot, **request)
         raise Invalid(f"{request.verb}: not on this socket")
 
     async def _sync(self, seconds: float | None) -> dict[str, Any]:
-        before = self._metrics.counters()
         most = self._config.limits.wait_seconds_max if seconds is None else seconds
         await self._keeper.sync(clock.monotonic_seconds() + most)
-        meanwhile = self._metrics.counters() - before
-        return {"blocks": meanwhile["written",], "given_up": sum(meanwhile[name] for name in GIVEN_UP)}
+        return self._status.written()
 
     async def _purge(self, prefix: str, shred: bool) -> dict[str, Any]:
         space = self._find(prefix)
@@ -112,6 +111,7 @@ class Admin:
         self._purging.add(purging)
         purging.add_done_callback(self._purged)
         done = await asyncio.shield(purging)  # whoever asked may leave: what was begun is finished
+        await leave(space)
         return {"namespace": space.namespace.id, "epoch": space.epoch, "blocks": done.blocks, "segments": done.segments}
 
     def _check_reach(self, space: Space) -> None:

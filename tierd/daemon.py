@@ -136,7 +136,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         exporter = open_exporter(loopback)
         stack.callback(exporter.close)
         status.metrics_address = exporter.address
-        admin = Admin(config, keeper, metrics, recorder, status, scrub, quotas, pinboard, stop.set, reloader.reload)
+        admin = Admin(config, keeper, recorder, status, scrub, quotas, pinboard, stop.set, reloader.reload)
         for space in keeper.spaces.values():
             for session in space.sessions.values():
                 service.watch(session)
@@ -145,6 +145,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
         mode = server.socket_mode
         local = Exporter(metrics.registry, health, html, config.metrics.socket, socket_mode=mode, scraped=metrics.scraped)
+        stack.push_async_callback(admin.close)
         await control.start()
         stack.push_async_callback(control.close)
         local.start()

@@ -7,6 +7,7 @@ so are blocks whose bytes are wrong: all of this is a cache, and what cannot be 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from tierd.errors import Invalid
 from tierd.tiers.io import IoEngine
-from tierd.tiers.nvme import DIRECTORY, READ_DAMAGED, READ_FAILED, SLOTS, UNFINISHED, FileSegment, slots_path
+from tierd.tiers.nvme import DIRECTORY, READ_DAMAGED, READ_FAILED, SLOTS, UNFINISHED, FileSegment, read_header, slots_path
 from tierd.tiers.state import StateDirectory
 from tierd.tiers.verify import Verifier
 
@@ -58,8 +59,10 @@ def check(state: StateDirectory, io: IoEngine, repair: bool) -> Report:
     for path in sorted(state.nvme_path.glob(f"*/*{UNFINISHED}")):
         what = "unfinished: a daemon died while it made the segment"
         report.problems.append(Problem(path, what, False, repair and removed(path)))
-    for path in sorted(state.nvme_path.glob(f"*/*{DIRECTORY}")):
-        report.problems += check_segment(state, path, io, repair, report)
+    paths = sorted(state.nvme_path.glob(f"*/*{DIRECTORY}"))
+    epochs = newest_epochs(state, paths)
+    for path in paths:
+        report.problems += check_segment(state, path, io, repair, report, epochs)
     for path in sorted(state.nvme_path.glob(f"*/*{SLOTS}")):
         if not path.with_suffix(DIRECTORY).exists() and not path.with_suffix(UNFINISHED).exists():
             what = "slots without a directory: a daemon died while it made or removed the segment"
@@ -67,7 +70,20 @@ def check(state: StateDirectory, io: IoEngine, repair: bool) -> Report:
     return report
 
 
-def check_segment(state: StateDirectory, path: Path, io: IoEngine, repair: bool, report: Report) -> Iterator[Problem]:
+def newest_epochs(state: StateDirectory, paths: list[Path]) -> dict[bytes, int]:
+    """The epoch that each namespace is at, by id: what is of an older one was purged."""
+    epochs: dict[bytes, int] = {}
+    for path in paths:
+        with suppress(OSError, Invalid):  # whoever opens the segment says what is wrong with it
+            header, _ = read_header(path)
+            if path.parent == state.folder(header.namespace):
+                epochs[header.namespace.id] = max(header.epoch, epochs.get(header.namespace.id, 0))
+    return epochs
+
+
+def check_segment(
+    state: StateDirectory, path: Path, io: IoEngine, repair: bool, report: Report, epochs: dict[bytes, int]
+) -> Iterator[Problem]:
     """What is wrong with one segment, if anything."""
     try:
         segment = FileSegment.open(path, io)
@@ -79,6 +95,11 @@ def check_segment(state: StateDirectory, path: Path, io: IoEngine, repair: bool,
         if path.parent != (place := state.folder(segment.header.namespace)):
             gone = repair and removed(path, slots_path(path))
             yield Problem(path, f"is of the namespace in {place}", True, gone)
+            return
+        epoch, newest = segment.header.epoch, epochs.get(segment.header.namespace.id, 0)
+        if epoch < newest:
+            what = f"of epoch {epoch}, its namespace is at {newest}: a daemon died while it purged that"
+            yield Problem(path, what, False, repair and removed(path, slots_path(path)))
             return
         report.segments += 1
         yield from check_rows(segment, repair, report)

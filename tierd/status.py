@@ -10,11 +10,16 @@ from typing import Any
 
 from tierd import __version__, clock
 from tierd.config import Config
+from tierd.core.plan import WRITE_BACK
 from tierd.keeper import Keeper
-from tierd.metrics import EVICTIONS, LOOKUP_TIERS, Metrics, mismatches, slots_by_state
+from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, mismatches, slots_by_state
 from tierd.recorder import Recorder
 from tierd.space import Space
 from tierd.tiers.io import Io
+
+GIVEN_UP: list[tuple[str, ...]] = [(f"write_back_{why}",) for why in ("dropped", "orphans", "short")]
+GIVEN_UP += [("failed", outcome, WRITE_BACK) for outcome in FAILURES]
+"""Counters of blocks that were to be written and will not be."""
 
 
 class Status:
@@ -50,11 +55,17 @@ class Status:
             "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},
             "checksum_failures": mismatches(counters),
             "transfers": self._transfers(),
+            "written": self.written(),
             "unwritten_runs": self._keeper.unwritten(),
             "recording": self._recorder.status(),
             "sessions": sum(len(space.sessions) for space in spaces),
             "namespaces": [about(space) for space in spaces],
         }
+
+    def written(self) -> dict[str, int]:
+        """How many blocks were written to NVMe so far, and how many never will be: there was no room, or the disk failed."""
+        counters = self._metrics.counters()
+        return {"blocks": counters["written",], "given_up": sum(counters[name] for name in GIVEN_UP)}
 
     def _transfers(self) -> list[dict[str, Any]]:
         """Bytes by reason, source and target, of the ways that were used so far."""

@@ -45,6 +45,8 @@ GREETING = {
 READY_SECONDS_MAX = 20.0
 ANSWER_SECONDS_MAX = 20.0
 POLL_SECONDS = 0.005
+CAN_CONTAIN = subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False).returncode == 0
+"""Whether a PID namespace can be made here."""
 
 
 def settings(**values: Any) -> list[str]:

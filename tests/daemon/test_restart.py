@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.daemon.conftest import Start
-from tests.daemon.harness import LAYOUT, ROOT, SLOTS, Daemon, Wire, hashes_of, payload_of
+from tests.daemon.harness import CAN_CONTAIN, LAYOUT, ROOT, SLOTS, Daemon, Wire, hashes_of, payload_of
 from tierd.client import Client
 from tierd.clock import monotonic_seconds, unix_milliseconds
 from tierd.errors import Busy, Gone
@@ -118,10 +117,7 @@ def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False).returncode != 0,
-    reason="no PID namespace can be made here",
-)
+@pytest.mark.skipif(not CAN_CONTAIN, reason="no PID namespace can be made here")
 def test_an_engine_outside_the_daemons_container_keeps_what_it_writes(make: Start) -> None:
     """The daemon cannot number it (its pid there is 0), knows by its pidfd that it lives, and lets it resume."""
     plain = make(held=True, nvme_bytes=0)

@@ -71,6 +71,11 @@ def test_version_starts_quickly_and_loads_nothing_heavy() -> None:
     assert not {"numpy", "uvloop", "asyncio", "torch", "tomllib"} & set(loaded)
 
 
+def test_version_is_for_programs_too() -> None:
+    """As with other commands, `--json` prints one object."""
+    assert json.loads(tierd("version", "--json").stdout) == {"version": __version__}
+
+
 def test_help_names_every_command() -> None:
     """`tierd --help` is enough to find the way."""
     assert all(f"  {name} " in tierd("--help").stdout for name in COMMANDS)
@@ -114,6 +119,7 @@ STATUS = {
     "lookup_blocks": {"cpu": 750, "nvme": 0, "miss": 250},
     "evicted_blocks": {"cpu.clean": 1000, "cpu.drop": 0},
     "checksum_failures": 0,
+    "written": {"blocks": 100, "given_up": 2},
     "unwritten_runs": 3,
     "recording": {"requests": 12, "left": 0, "missed": 0},
     "namespaces": [],
@@ -147,24 +153,30 @@ def test_status_prints_for_people_and_for_programs(admin: Callable[[Answer], Pat
 
 
 def test_sync_asks_again_while_the_daemon_is_busy(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """The daemon's own limit on waiting is shorter than the user's patience: `busy` is asked again, with a deadline."""
+    """The daemon's own limit on waiting is shorter than the user's patience: `busy` is asked again, with a deadline.
+    What is said is what was written over all requests.
+    """
     requests = []
 
     def answer(request: dict[str, Any]) -> bytes:
         requests.append(request)
-        if len(requests) < 3:
+        if request["verb"] == "status":
+            return encode({"id": request["id"], "ok": True, **STATUS})
+        if len(requests) < 4:
             return encode({"id": request["id"], "ok": False, "error": "busy", "message": "not yet"})
-        return encode({"id": request["id"], "ok": True, "blocks": 5})
+        return encode({"id": request["id"], "ok": True, "blocks": 105, "given_up": 4})
 
     assert main(["sync", "--timeout", "20", "--runtime-dir", str(admin(answer))]) == 0
-    assert capsys.readouterr().out == "synced: 5 blocks written meanwhile\n"
-    assert [request["verb"] for request in requests] == ["sync"] * 3
-    assert all(0 < request["deadline_ms"] <= 20_000 for request in requests)
+    assert capsys.readouterr().out == "synced: 5 blocks written meanwhile, 2 given up: no room, or the disk failed\n"
+    assert [request["verb"] for request in requests] == ["status"] + ["sync"] * 3
+    assert all(0 < request["deadline_ms"] <= 20_000 for request in requests[1:])
 
 
 def test_sync_gives_up_with_one_when_time_is_over(admin: Callable[[Answer], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """A daemon that stays busy makes the command fail, not hang."""
-    busy = admin(lambda request: encode({"id": request["id"], "ok": False, "error": "busy", "message": "9 blocks left"}))
+    no = {"ok": False, "error": "busy", "message": "9 blocks left"}
+    replies = {"status": {"ok": True, **STATUS}, "sync": no}
+    busy = admin(lambda request: encode({"id": request["id"], **replies[request["verb"]]}))
     assert main(["sync", "--timeout", "0.1", "--runtime-dir", str(busy)]) == FAILED
     assert "not everything was on NVMe after 0.1 s: 9 blocks left" in capsys.readouterr().err
 

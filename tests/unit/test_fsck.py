@@ -155,6 +155,27 @@ def test_what_a_crash_leaves_is_no_damage(stopped: Path, capsys: pytest.CaptureF
     assert len(list(path.parent.iterdir())) == 2
 
 
+def test_segments_that_a_purge_did_not_come_to_are_leftovers(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A daemon that died between two headers: what is of the older epoch is named, and removed by --repair; the rest stays."""
+    state = StateDirectory(stopped)
+    purged = FileSegment.create(state.folder(NAMESPACE), NAMESPACE, 1 << 20, 1, PosixEngine())
+    fill(purged)
+    purged.outdate(2)
+    path = purged.path
+    purged.close()
+    state.close()
+    before = contents(stopped)
+    assert fsck(stopped) == OK
+    told = capsys.readouterr().out
+    assert "of epoch 1, its namespace is at 2" in told and f"{BLOCKS} of a purged epoch" in told
+    assert contents(stopped) == before
+    assert fsck(stopped, "--repair") == OK
+    assert "-- repaired" in capsys.readouterr().out
+    assert {file.stem for file in path.parent.iterdir()} == {path.stem}
+    assert fsck(stopped, "--json") == OK
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
 def test_a_directory_in_use_is_not_touched(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While a daemon has it, it cannot be checked: 1, with the daemon's pid."""
     state = StateDirectory(stopped)

@@ -11,6 +11,7 @@ from typing import Any
 from tierd.clock import monotonic_seconds
 from tierd.errors import ERRORS, Busy, Closed, TierdError
 from tierd.wire.framing import decode, encode
+from tierd.wire.peer import peer_of
 
 REPLY_BYTES_MAX = 4 << 20
 REQUEST_ID = 1
@@ -52,6 +53,14 @@ class AdminSocket:
             kind: type[TierdError] = ERRORS.get(str(reply.get("error")), Busy)
             raise kind(str(reply.get("message")))
         return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
+    def fileno(self) -> int:
+        """The connection's descriptor."""
+        return self._socket.fileno()
+
+    def listener(self) -> int:
+        """A pidfd of the process that listens, the caller's to close; raises Invalid and Closed where it cannot be told."""
+        return peer_of(self._socket).pidfd
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ import json
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
 
 from tierd.cli.admin import ask
 from tierd.cli.options import add_config_arguments, load_config, seconds
@@ -14,6 +13,7 @@ from tierd.clock import monotonic_seconds
 from tierd.errors import Busy
 
 PAUSE_SECONDS = 0.05
+ANSWER_SECONDS_MAX = 5.0
 ANSWER_SECONDS = 1.0
 """What the daemon may take on top of the deadline that it was given."""
 
@@ -36,18 +36,19 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def sync(path: Path, seconds_max: float) -> dict[str, Any]:
+def sync(path: Path, seconds_max: float) -> dict[str, int]:
     """Ask again while the daemon is busy and there is time: one request waits no longer than the daemon's own limit. Returns
-    how many blocks were written, and how many were given up; raises Busy when it takes longer.
+    how many blocks were written meanwhile, and how many were given up; raises Busy when it takes longer.
     """
     until = monotonic_seconds() + seconds_max
+    before = ask(path, "status", ANSWER_SECONDS_MAX)["written"]
     while True:
         remaining = max(until - monotonic_seconds(), 0.001)
         try:
-            reply = ask(path, "sync", remaining + ANSWER_SECONDS, deadline_ms=max(int(remaining * 1000), 1))
+            after = ask(path, "sync", remaining + ANSWER_SECONDS, deadline_ms=max(int(remaining * 1000), 1))
         except Busy as error:
             if monotonic_seconds() + PAUSE_SECONDS >= until:
                 raise Busy(f"not everything was on NVMe after {seconds_max:g} s: {error}") from error
             time.sleep(PAUSE_SECONDS)
         else:
-            return {"blocks": reply.get("blocks", 0), "given_up": reply.get("given_up", 0)}
+            return {name: after[name] - before[name] for name in ("blocks", "given_up")}

@@ -117,7 +117,7 @@ class FileSegment:
         memory.
         """
         try:
-            header, size = _read_header(path)
+            header, size = read_header(path)
             if header.medium != Medium.FILE:
                 raise Invalid(f"{path}: the header says {header.medium.name.lower()}, not file")
             if path.name != (name := f"{header.segment_id.hex()}{DIRECTORY}"):
@@ -324,7 +324,7 @@ class FileSegment:
             self.failures[reason] += 1
 
 
-def _read_header(path: Path) -> tuple[Header, int]:
+def read_header(path: Path) -> tuple[Header, int]:
     """A file's header and size; raises Invalid or OSError."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -30,7 +30,9 @@ class Peer:
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """The process that connected; raises Invalid with the remedy when it cannot be told, Closed when it is gone."""
+    """The process that connected, or to a client the one that listens; raises Invalid with the remedy when it cannot be told,
+    Closed when it is gone.
+    """
     pid, uid, gid = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
     try:
         pidfd = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
