@@ -108,6 +108,13 @@ def transfers() -> list[Panel]:
             (f"{total(WAY, moved)} / ({total(WAY, busy)} > 0)", "{{source}} to {{target}}"),
         ),
         graph(
+            "Prefetched blocks",
+            "short",
+            "What became of them. useful: used before they left their tier; late: somebody waited for them; wasted: not used.",
+            by("outcome", rate("tierd_prefetched_blocks_total")),
+            stack=True,
+        ),
+        graph(
             "Transfers under way",
             "short",
             "Started and not ended, by reason.",

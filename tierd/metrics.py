@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from tierd import __version__, series
 from tierd.core.ages import BUCKETS, EVERYWHERE, GAP, IDLE, LIVED, SUM
+from tierd.core.ahead import FATES, PREFETCHED
 from tierd.core.ladder import CLOSED, PAGED, TIERS, kind_of
 from tierd.core.plan import REASONS, WRITE_BACK
 from tierd.core.scrub import OUTCOMES
@@ -107,6 +108,7 @@ class Metrics(Collector):
         yield series.EVICTED_BLOCKS.of(evicted)
         yield series.FAILED_BLOCKS.of(failed)
         yield series.SCRUBBED_BLOCKS.of(by("scrubbed", OUTCOMES, counters))
+        yield series.PREFETCHED_BLOCKS.of(by(PREFETCHED, FATES, counters))
         yield series.CHECKSUM_FAILURES.one(mismatches(counters))
         yield series.TURNS.of(by("turn", TURN_ENDS, counters))
         yield series.EVENTS.of((name, number) for name, number in counters.items() if len(name) == 1)

@@ -149,6 +149,15 @@ SCRUBBED_BLOCKS = Series(
     "Blocks on NVMe that `tierd scrub` has read; ok: they are what was written; io_error and mismatch as above.",
     "Grows only while a pass runs, by at most `nvme.scrub_bytes_per_second`.",
 )
+PREFETCHED_BLOCKS = Series(
+    "tierd_prefetched_blocks",
+    COUNTER,
+    "blocks",
+    ("outcome",),
+    "Blocks that prefetches have moved, by what became of them.",
+    "late: somebody waited for it before it had come; useful: used in its tier before it left it; wasted: it left unused, or "
+    "was not needed any more when it came. What still waits in a tier is in none of them.",
+)
 INDEX_BLOCKS = Series(
     "tierd_index_blocks",
     GAUGE,
@@ -400,6 +409,7 @@ BLOCK_SERIES = (
     CHECKSUM_FAILURES,
     FAILED_BLOCKS,
     SCRUBBED_BLOCKS,
+    PREFETCHED_BLOCKS,
     INDEX_BLOCKS,
     TURNS,
     EVENTS,

@@ -10,6 +10,7 @@ from typing import Any
 
 from tierd import __version__, clock
 from tierd.config import Config
+from tierd.core.ahead import FATES, PREFETCHED
 from tierd.core.plan import WRITE_BACK
 from tierd.keeper import Keeper
 from tierd.metrics import EVICTIONS, FAILURES, LOOKUP_TIERS, Metrics, mismatches, slots_by_state
@@ -53,6 +54,7 @@ class Status:
             "tiers": tiers,
             "lookup_blocks": {tier: counters["lookup", tier] for tier in LOOKUP_TIERS},
             "evicted_blocks": {f"{tier}.{kind}": counters["evicted", tier, kind] for tier in tiers for kind in EVICTIONS},
+            "prefetched_blocks": {fate: counters[PREFETCHED, fate] for fate in FATES},
             "checksum_failures": mismatches(counters),
             "transfers": self._transfers(),
             "written": self.written(),

@@ -191,7 +191,9 @@ def test_sync_counts_blocks_that_replaced_others(start: Start) -> None:
 
 
 def test_prefetching_alone_makes_the_tier_grow(daemon: Daemon) -> None:
-    """After a restart everything is on nvme: what is prefetched fills the tier, not its first segment again and again."""
+    """After a restart everything is on nvme: what is prefetched fills the tier, not its first segment again and again, and is
+    useful when it is read.
+    """
     chains = [hashes_of(seed, 40) for seed in range(4)]
     with daemon.peer() as wire:
         for hashes in chains:
@@ -207,6 +209,11 @@ def test_prefetching_alone_makes_the_tier_grow(daemon: Daemon) -> None:
             return bool(status["tiers"]["cpu"]["slots"].get("ready", 0) == 160)
 
         daemon.wait_until(is_up)
+        assert [wire.load(hashes) for hashes in chains] == [40] * 4
+    fates = daemon.status()["prefetched_blocks"]
+    assert (fates["useful"], fates["late"]) == (160, 0)
+    samples = daemon.metrics()
+    assert fates == {fate: samples[f'tierd_prefetched_blocks_total{{outcome="{fate}"}}'] for fate in fates}
 
 
 def test_a_part_of_a_lease_without_a_count_is_refused(daemon: Daemon) -> None:

@@ -32,9 +32,9 @@ def put_below(world: World, client: Client, hashes: list[bytes]) -> None:
     assert all(LOWER in world.where[block] for block in hashes)
 
 
-def crowd_out(world: World, client: Client) -> None:
+def crowd_out(world: World, client: Client, first: int = 900) -> None:
     """Fill the upper tier with something else that is below too, so that everything older is only below."""
-    put_below(world, client, chain(range(900, 900 + world.cache.pools[UPPER].slots)))
+    put_below(world, client, chain(range(first, first + world.cache.pools[UPPER].slots)))
 
 
 def read_all(world: World, client: Client, hashes: list[bytes]) -> int:

@@ -16,14 +16,15 @@ import numpy as np
 
 from tests.sim.clients import Claim, Client, Place
 from tests.sim.directories import SOILED, Segment, rows_of
+from tests.sim.sums import check_sums
 from tests.sim.tiers import check_ways, feeds_another, kind, nearest, tier_sizes
 from tierd.block import HASH_BYTES, ROOT, split
 from tierd.core.admission import EVERYTHING
 from tierd.core.cache import Cache
 from tierd.core.ladder import CLOSED, TIERS
-from tierd.core.plan import MISMATCH, NO_ROOM, OK, PENDING, STORED, Committed, Found, Transfer, Wait
+from tierd.core.plan import MISMATCH, NO_ROOM, OK, PENDING, PREFETCH, STORED, Committed, Found, Transfer, Wait
 from tierd.core.policy.chd import Chd
-from tierd.core.pool import FILLING, QUARANTINED, READY, STATES, Pool
+from tierd.core.pool import FILLING, QUARANTINED, READY, Pool
 from tierd.core.recovery import recover
 from tierd.errors import Busy, Gone
 
@@ -252,6 +253,7 @@ class World:
         down = transfer.target == CLOSED
         for at, code in enumerate(outcome):
             self._arrive(transfer, at, code)
+        self._moved_ahead += outcome.count(OK) if transfer.reason == PREFETCH else 0
         self.gaps |= outcome.count(OK) < len(outcome)
         self.losses |= not down and outcome.count(OK) < len(outcome)
         self.cache.finish(transfer, np.array(outcome, np.uint8), self.now)
@@ -335,6 +337,7 @@ class World:
 
     def _start(self, segments: list[dict[int, Segment]]) -> None:
         self.running = []
+        self._moved_ahead = 0
         self._landed: set[tuple[tuple[bytes, int], int]] = set()
         self.segments: list[dict[int, Segment]] = [{} for _ in self.names]
         pools = {name: Pool(self.slots) for name in self.names}
@@ -398,10 +401,7 @@ class World:
                 parent = self.parents[block]
                 has_parent = parent == ROOT or self.closed in self.where.get(parent, {})
                 assert self.closed not in at or has_parent, "nvme is not prefix-closed"
-        for pool in self.cache.pools:
-            counts = pool.counts()
-            assert sum(counts.values()) == len(pool.segments) * self.slots, "slots are lost"
-            assert set(counts) == set(STATES[1:])
+        check_sums(self.cache, self._moved_ahead)
         self._check_clients()
 
     def _check_clients(self) -> None:

@@ -118,6 +118,7 @@ STATUS = {
     "tiers": {"cpu": {"used_bytes": 3 << 29, "limit_bytes": 3 << 30, "slots": {"free": 7, "ready": 1234}}},
     "lookup_blocks": {"cpu": 750, "nvme": 0, "miss": 250},
     "evicted_blocks": {"cpu.clean": 1000, "cpu.drop": 0},
+    "prefetched_blocks": {"useful": 1500, "late": 20, "wasted": 0},
     "checksum_failures": 0,
     "written": {"blocks": 100, "given_up": 2},
     "unwritten_runs": 3,
@@ -135,6 +136,7 @@ cpu   1.5 GiB  3.0 GiB  50%     7  1,234
 
 lookups  1,000 blocks asked: cpu 75.0%, miss 25.0%
 evicted  1,000 from cpu (clean)
+ahead    1,500 useful, 20 late, 0 wasted of the blocks that were prefetched
 waiting  3 runs to be written to nvme
 damaged  0 blocks whose checksum was wrong
 record   12 requests since somebody began to record them

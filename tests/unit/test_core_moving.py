@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.sim.cases import LONG, crowd_out, put, put_below, read_all, small
-from tests.sim.clients import chain
-from tests.sim.world import LOWER, UPPER
+from tests.sim.clients import Client, chain
+from tests.sim.world import LOWER, UPPER, World
+from tierd.core.ahead import LATE, PREFETCHED, USEFUL, WASTED
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, Wait
 from tierd.core.promotion import pieces
 from tierd.errors import Busy, Gone
@@ -90,6 +91,65 @@ def test_a_block_on_its_way_up_is_moved_once() -> None:
     assert world.cache.hastened == world.running and len(world.running) == 1
     world.finish(world.running[0])
     assert world.load(client, found.lease, 0, 4) == world.load(other, again.lease, 0, 4) == 4
+
+
+def fates(world: World) -> tuple[int, ...]:
+    """Prefetched blocks that were useful, late and wasted."""
+    return tuple(world.cache.counters[PREFETCHED, fate] for fate in (USEFUL, LATE, WASTED))
+
+
+def prefetched(world: World, client: Client, blocks: int = 4) -> list[bytes]:
+    """A chain that is below alone, and on its way up before anybody wants it."""
+    hashes = chain(range(blocks))
+    put_below(world, client, hashes)
+    crowd_out(world, client)
+    assert world.prefetch(hashes) == blocks
+    return hashes
+
+
+def test_a_prefetched_block_is_useful_when_it_is_read_from_its_tier() -> None:
+    """Once, however often it is read; what nobody has read yet is not counted."""
+    world, client = small()
+    hashes = prefetched(world, client)
+    world.finish(world.running[0])
+    assert fates(world) == (0, 0, 0)
+    for _ in range(2):
+        assert read_all(world, client, hashes[:3]) == 3
+    assert fates(world) == (3, 0, 0)
+    world.check()
+
+
+def test_a_prefetched_block_that_somebody_waited_for_is_late() -> None:
+    """It is not useful as well when it is read then."""
+    world, client = small()
+    hashes = prefetched(world, client)
+    assert read_all(world, client, hashes[:1]) == 1
+    assert read_all(world, client, hashes) == 4
+    assert fates(world) == (3, 1, 0)
+    world.check()
+
+
+def test_a_prefetched_block_that_leaves_unread_is_wasted() -> None:
+    """Evicted, or come to a segment that is being given up."""
+    world, client = small()
+    hashes = prefetched(world, client)
+    world.finish(world.running[0])
+    crowd_out(world, client, 700)
+    assert fates(world) == (0, 0, 4)
+    assert world.prefetch(hashes) == 4
+    world.vacate(UPPER, int(world.running[0].target_slots[0]) // 8)
+    world.finish(world.running[0])
+    assert fates(world) == (0, 0, 8)
+    world.check()
+
+
+def test_a_prefetched_block_that_cannot_be_read_is_none_of_these() -> None:
+    """It was not moved."""
+    world, client = small()
+    prefetched(world, client)
+    world.finish(world.running[0], [OK, OK, IO_ERROR, OK])
+    crowd_out(world, client, 700)
+    assert fates(world) == (0, 0, 3)
 
 
 def test_what_came_up_meanwhile_is_not_moved_again() -> None:

@@ -43,6 +43,8 @@ def page(status: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"lookups  {shares(status['lookup_blocks'])}"
     yield f"evicted  {evictions(status['evicted_blocks'])}"
+    if any(status["prefetched_blocks"].values()):
+        yield f"ahead    {fates(status['prefetched_blocks'])}"
     yield f"waiting  {status['unwritten_runs']:,} runs to be written to nvme"
     yield f"damaged  {status['checksum_failures']:,} blocks whose checksum was wrong"
     if status["recording"]:
@@ -72,6 +74,11 @@ def evictions(numbers: Mapping[str, int]) -> str:
     """What had to go, by tier and kind."""
     parts = [f"{number:,} from {name.replace('.', ' (')})" for name, number in numbers.items() if number]
     return ", ".join(parts) or "nothing yet"
+
+
+def fates(numbers: Mapping[str, int]) -> str:
+    """What became of blocks that were prefetched."""
+    return ", ".join(f"{number:,} {fate}" for fate, number in numbers.items()) + " of the blocks that were prefetched"
 
 
 def namespaces(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

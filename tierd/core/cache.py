@@ -87,7 +87,7 @@ class Cache:
         self._block_tokens, self._seen = block_tokens, Seen(self.counters)
         self.pins = Pins(self.index, ladder, self.counters)
         self._room = Room(self.index, ladder, self.counters)
-        self._transfers = Transfers(ladder)
+        self._transfers = Transfers(ladder, self.counters)
         self._promotion = Promotion(self.index, ladder, self._room, self._transfers, window_share, transfer_blocks)
         self.write_back = WriteBack(self.index, ladder, self._room, self._transfers, self.counters, write_back, admission)
         self.pages = Pages(self.index, self._room, self.write_back, self.counters)

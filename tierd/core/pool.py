@@ -11,6 +11,7 @@ The directory of a segment is written here and nowhere else in the core, in the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
+from tierd.core.ahead import Ahead
 from tierd.core.plan import all_true, any_true
 
 Slots = NDArray[np.int32]
@@ -57,6 +59,8 @@ class Pool:
         self.state: NDArray[np.uint8] = np.zeros(0, np.uint8)
         self.last_use: dict[int, int] = {}
         """Latest use of anything in a segment, by ordinal."""
+        self.ahead = Ahead(Counter())
+        """What prefetches brought; a cache counts it as its own."""
         self._stack: Slots = np.zeros(0, np.int32)
         self._free = 0
         self._grouped: tuple[tuple[int, bytes], list[Group]] = (0, b""), []
@@ -132,6 +136,8 @@ class Pool:
     def use(self, slots: Slots) -> None:
         """One more user of each slot."""
         self.users[rows_of(slots)] += 1
+        if self.ahead.unused:
+            self.ahead.used(slots)
 
     def unuse(self, slots: Slots) -> None:
         """One user less; retired slots without users become free."""
@@ -162,6 +168,8 @@ class Pool:
 
     def retire(self, slots: Slots) -> None:
         """The blocks left the index: free at once what nobody uses, the rest with its last user."""
+        if self.ahead.unused:
+            self.ahead.gone(slots)
         idle = self.users.take(slots) == 0
         if not all_true(idle):
             self.state[slots] = RETIRED
@@ -250,6 +258,7 @@ class Pool:
         assert ((self.state == FREE) & ~closing).sum() == self._free, "free slots are lost"
         assert not self.users[self.state == FREE].any(), "a free slot has users"
         assert (self.users >= 0).all(), "negative users"
+        self.ahead.check((self.state == READY) & (self.users == 0))
         assert (self.users[self.state == RETIRED] > 0).all(), "a retired slot without users was not freed"
 
     def _rows_by_segment(self, slots: Slots) -> Iterator[tuple[int, NDArray[np.int64] | slice]]:

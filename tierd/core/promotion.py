@@ -18,7 +18,7 @@ from tierd.block import HASH_BYTES
 from tierd.core.distrust import distrust
 from tierd.core.index import Index
 from tierd.core.ladder import Ladder
-from tierd.core.plan import Lease, Slots, Transfer, leading, pick
+from tierd.core.plan import PREFETCH, Lease, Slots, Transfer, leading, pick
 from tierd.core.pool import FILLING
 from tierd.core.room import Room
 from tierd.core.transfers import Transfers
@@ -101,11 +101,15 @@ class Promotion:
                 entered[at : at + piece.blocks] = part
                 self._index.assign(tier, piece, np.where(part, target[at : at + piece.blocks], here))
         pool.ready(target[entered])
+        awaited = np.zeros(len(good), np.bool_)
         for lease, blocks in transfer.waiting.items():
+            awaited |= blocks >= 0
             mine = np.flatnonzero(entered & (blocks >= 0))
             held = lease.slots[:, blocks[mine]].max(0, initial=-1) >= 0
             mine = mine[held & (lease.here[blocks[mine]] < 0)]
             self._hand_over(lease, blocks[mine], target[mine])
+        if transfer.reason == PREFETCH:
+            pool.ahead.came(target, good, entered, awaited)
         pool.give(target[~entered])
 
     def distrust(self, transfer: Transfer, bad: NDArray[np.bool_]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd.core.ahead import Ahead
 from tierd.core.ladder import Ladder
 from tierd.core.plan import PREFETCH, Lease, Slots, Transfer
 
@@ -14,7 +17,7 @@ ID_MAX = (1 << 31) - 1
 class Transfers:
     """Single flight: a slot is the source of at most one transfer to each tier at a time."""
 
-    def __init__(self, ladder: Ladder) -> None:
+    def __init__(self, ladder: Ladder, counters: Counter[tuple[str, ...]]) -> None:
         self.planned: list[Transfer] = []
         """Decided, not yet taken by the mover."""
         self.hastened: list[Transfer] = []
@@ -22,6 +25,8 @@ class Transfers:
         self.running: dict[int, Transfer] = {}
         """Not ended yet, planned ones included; by id."""
         self._ladder = ladder
+        for pool in ladder.pools:
+            pool.ahead = Ahead(counters)
         self._latest = 0
         self._readers: dict[tuple[int, int], NDArray[np.int32]] = {}
         """By source and target: the transfer that reads each slot of the source; 0: none."""
