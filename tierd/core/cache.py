@@ -356,7 +356,8 @@ class Cache:
         found = dict.fromkeys(TIERS, 0)
         found[self.ladder.kinds[near[0]]] = top = int(np.count_nonzero(on_top))
         if top < blocks:
-            there = np.bincount((slots[near] >= 0).argmax(0)).tolist()
+            ordered = slots[near] if self.ladder.paged > 1 else slots  # with one device, near is from top to bottom
+            there = np.bincount((ordered >= 0).argmax(0)).tolist()
             for place, number in zip(near[1:].tolist(), there[1:], strict=False):
                 found[self.ladder.kinds[place]] += number
         pending = self._stores.leading(hashes[blocks * HASH_BYTES :]) if blocks < asked else 0
