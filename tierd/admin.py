@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from tierd import audit, clock
+from tierd.audit import Answering
 from tierd.config import Config
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
@@ -59,22 +61,22 @@ class Admin:
         audit.asked(connection.peer, request, "done")
         return answer
 
-    def _answer(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+    def _answer(self, connection: Connection, request: Request) -> dict[str, Any] | Answering:
         match request.verb:
             case "status":
                 return self._status()
             case "sync":
-                return self._sync(request.deadline_seconds)
+                return partial(self._sync, request.deadline_seconds)
             case "drain":
                 self._drain()
                 return {}
             case "reload":
-                return self._reload()
+                return self._reload
             case "record":
                 seconds = min(RECORD_SECONDS, self._config.limits.wait_seconds_max / 2)
-                return self._recorder.take(connection, request["namespace"], seconds)
+                return partial(self._recorder.take, connection, request["namespace"], seconds)
             case "purge":
-                return self._purge(request["namespace"], request["shred"])
+                return partial(self._purge, request["namespace"], request["shred"])
             case "scrub":
                 return self._scrubbed(request["action"])
         raise Invalid(f"{request.verb}: not on this socket")
