@@ -12,7 +12,7 @@ from tierd.audit import Answering
 from tierd.config import Config
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
-from tierd.purge import Purged, purge
+from tierd.purge import Purged, leave, purge
 from tierd.recorder import Recorder
 from tierd.scrub import Scrub
 from tierd.server import Connection
@@ -41,6 +41,11 @@ class Admin:
         self._config, self._keeper, self._recorder, self._status = config, keeper, recorder, status
         self._scrub, self._drain, self._reload = scrub, drain, reload
         self._purging: set[asyncio.Task[Purged]] = set()
+
+    async def close(self) -> None:
+        """Wait for purges under way, so that no header is written any more when the next life reads them."""
+        if self._purging:
+            await asyncio.wait(self._purging)
 
     def connected(self, connection: Connection) -> None:
         """Nothing is kept per connection; the server admits only root and the daemon's own user."""
@@ -93,6 +98,7 @@ class Admin:
         self._purging.add(purging)
         purging.add_done_callback(self._purged)
         done = await asyncio.shield(purging)  # whoever asked may leave: what was begun is finished
+        await leave(space)
         return {"namespace": space.namespace.id, "epoch": space.epoch, "blocks": done.blocks, "segments": done.segments}
 
     def _check_reach(self, space: Space) -> None:

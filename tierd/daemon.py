@@ -138,6 +138,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         control = Server(server.admin_socket, 0o600, admin, config.limits, admin=True)
         mode = server.socket_mode
         local = Exporter(metrics.registry, health, html, config.metrics.socket, socket_mode=mode, scraped=metrics.scraped)
+        stack.push_async_callback(admin.close)
         await control.start()
         stack.push_async_callback(control.close)
         local.start()

@@ -32,7 +32,9 @@ class Purged(NamedTuple):
 
 
 async def purge(keeper: Keeper, space: Space, shred: bool) -> Purged:
-    """Forget a namespace; raises Busy where the medium does not take it. It must not be cancelled half-way."""
+    """Forget a namespace, for later lives too; raises Busy where the medium does not take it. It must not be cancelled
+    half-way. Segments go when nobody uses them any more.
+    """
     open_segments, lower = space.open_segments(), space.lower
     memory = [segment for arena in space.mapped for segment in arena.segments.values()]
     files = [*lower.segments.values(), *lower.leaving] if lower else []
@@ -49,13 +51,20 @@ async def purge(keeper: Keeper, space: Space, shred: bool) -> Purged:
         raise Busy(f"purge: headers of segment files cannot be written ({error}): {remedy}") from error
     finally:
         keeper.give_up(space, open_segments)
-    try:  # till then the service manager keeps them
+    log.info("purged", namespace=space.namespace.id, epoch=space.epoch, blocks=blocks, segments=len(open_segments), shred=shred)
+    return Purged(blocks, len(open_segments))
+
+
+async def leave(space: Space) -> None:
+    """Wait until memory that nobody used any more has gone: till then the service manager keeps it. Raises Busy where it does
+    not go.
+    """
+    await asyncio.sleep(0)  # what was given up just now begins to go
+    try:
         await asyncio.wait_for(until(lambda: not any(arena.leaving for arena in space.mapped)), LEAVE_SECONDS_MAX)
     except TimeoutError as error:
         remedy = "all is forgotten, for later lives too; see the log, and restart the daemon to be rid of their bytes"
         raise Busy(f"purge: segments of memory have not been given up in {LEAVE_SECONDS_MAX:g} s: {remedy}") from error
-    log.info("purged", namespace=space.namespace.id, epoch=space.epoch, blocks=blocks, segments=len(open_segments), shred=shred)
-    return Purged(blocks, len(open_segments))
 
 
 def outdate(files: list[FileSegment], epoch: int) -> None:

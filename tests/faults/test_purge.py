@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,29 @@ def test_a_purge_that_was_cut_off_is_finished_by_the_next_life(short_path: Path)
         client = greeted(house)
         assert store(client, hashes, flavour=1) == 0 and verify(client, hashes, flavour=1) == (160, 0)
         assert house.errors() == []
+
+
+def test_a_daemon_that_stops_ends_the_purge_first(short_path: Path) -> None:
+    """Its headers are written before the next life can read them. A pipe in the place of a file takes as long as we like."""
+    with ThreadPoolExecutor(1) as pool, House(short_path, held=False, cpu__bytes="8MiB", nvme__bytes="8MiB") as house:
+        client = greeted(house)
+        store(client, chain("stop", BLOCKS))
+        house.sync()
+        (path,) = house.state.glob("nvme/*/*.directory")
+        path.rename(path.with_suffix(".away"))
+        os.mkfifo(path)
+        asked = pool.submit(purge, house, client)
+        until(lambda: not space(house)["blocks"], "the purge has not begun")
+        assert house.process
+        house.process.send_signal(signal.SIGTERM)
+        until(lambda: not house.admin.exists(), "it does not stop")
+        with pytest.raises(AssertionError, match="not yet"):
+            until(lambda: "stopped" in house.log.read_text(), "not yet", 0.5)
+        with path.open("rb"):
+            assert house.process.wait(20.0) == 0
+        log = house.log.read_text()
+        assert log.index("purge is not safe yet") < log.index("stopped"), "a pipe cannot be synced, and that was not waited for"
+        assert isinstance(asked.exception(), TierdError)
 
 
 def die_at(folder: Path, call: int, how: str, shred: bool) -> bool:

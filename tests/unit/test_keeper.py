@@ -15,7 +15,7 @@ from tierd.block import ROOT, chain
 from tierd.errors import Busy
 from tierd.keeper import Keeper, until
 from tierd.layout import Layout, Namespace
-from tierd.purge import purge
+from tierd.purge import leave, purge
 from tierd.space import Space
 from tierd.tiers.host import HostSegment
 from tierd.tiers.segment import HEADER_BYTES, Header
@@ -194,14 +194,15 @@ def test_a_purged_namespace_is_not_forgotten_before_its_last_segment_is_gone() -
         space = await full_of(keeper, "a", 1)
         space.cache.close_session(1)
         tier.may_end.clear()
-        asked = asyncio.create_task(purge(keeper, space, shred=True))
+        assert (await purge(keeper, space, shred=True)).segments == 1
+        gone = asyncio.create_task(leave(space))
         async with asyncio.timeout(20):
             await until(lambda: bool(space.arenas[0].leaving))
             keeper.forget_empty()
             assert list(keeper.spaces.values()) == [space] and space.dying == 1
             tier.may_end.set()
             await until(lambda: not space.dying)
-            assert (await asked).segments == 1
+            await gone
         keeper.forget_empty()
         assert not keeper.spaces
         await keeper.close()
@@ -240,8 +241,9 @@ def test_a_purge_does_not_wait_for_ever_for_memory_that_does_not_go(monkeypatch:
         space = await full_of(keeper, "old", 2)
         space.cache.close_session(1)
         tier.may_end.clear()
+        await purge(keeper, space, False)
         with pytest.raises(Busy, match="have not been given up in"):
-            await purge(keeper, space, False)
+            await leave(space)
         assert not space.cache.index.blocks
         tier.may_end.set()
         await keeper.close()
