@@ -113,3 +113,19 @@ def test_every_dependency_is_pinned() -> None:
     names = {re.split("[<>=]", item)[0] for item in wanted}
     # torch is pinned in install.sh, because which build depends on the machine.
     assert names - pins == {"torch"}
+
+
+def test_every_warning_and_error_of_the_daemon_is_in_the_runbook() -> None:
+    """Whoever reads one in the log at night finds what it means in docs/operations.md."""
+    runbook = (ROOT / "docs/operations.md").read_text()
+    said = {
+        node.args[0].value: named(file, node.lineno)
+        for file in in_tierd()
+        if ROOT / "tierd/client" not in file.parents
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+        if node.func.value.id in ("log", "logger") and node.func.attr in ("warning", "error", "exception")
+        if isinstance(node.args[0], ast.Constant)
+    }
+    assert len(said) > 30
+    assert [(place, text) for text, place in said.items() if f"`{text}`" not in runbook] == []
