@@ -12,7 +12,7 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-package test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures site wheel deb oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-package test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures promises site wheel deb oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -61,6 +61,10 @@ manual: $(STAMP)  ## docs/cli.md and the man pages, from the commands' own parse
 
 pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
 	$(RUN) tests.ops.pictures
+
+promises: $(STAMP)  ## docs/promises.md: every fault that the tests know, and the service under a real systemd; needs what test-systemd needs
+	$(RUN) pytest -n 0 -m "not prometheus and not package" tests/faults tests/ops --results benchmarks/results/promises.json
+	$(RUN) pages
 
 site: $(STAMP)  ## the documentation as a site in .build/site; a link or an anchor that leads nowhere fails
 	$(RUN) pages

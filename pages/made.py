@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from pages import configuration
+from pages import configuration, promises
 
 ROOT = Path(__file__).parents[1]
 
 
 def pages() -> dict[str, str]:
     """Name -> text."""
-    return {"docs/configuration.md": configuration.page((ROOT / "systemd/tierd.toml").read_text())}
+    example = (ROOT / "systemd/tierd.toml").read_text()
+    results = json.loads((ROOT / "benchmarks/results/promises.json").read_text())
+    return {"docs/configuration.md": configuration.page(example), "docs/promises.md": promises.page(results)}

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tests.cuda.build import build
+from tests.results import Results
 
 HAS_GPU = os.path.exists("/dev/nvidiactl")
 if not HAS_GPU:
@@ -23,6 +24,24 @@ OTHERS = ("TIERD_", "XDG_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "RUNTIME_DI
 
 settings.register_profile("tierd", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("tierd")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--results FILE`."""
+    parser.addoption("--results", type=Path, metavar="FILE", help="write there what passed, and what was measured")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect results, whether or not they are wanted."""
+    config.pluginmanager.register(Results(config.getoption("--results")), "results")
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> Results:
+    """Where a test notes its figures."""
+    plugin = request.config.pluginmanager.get_plugin("results")
+    assert isinstance(plugin, Results)
+    return plugin
 
 
 @pytest.fixture(autouse=True, scope="session")

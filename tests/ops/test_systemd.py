@@ -13,6 +13,7 @@ import pytest
 from tests.ops.conftest import MEMORY, Load
 from tests.ops.load import CHAIN_BLOCKS, CHAIN_BYTES, LAYOUT
 from tests.ops.machine import DISK, Machine, Unit, until
+from tests.results import Results
 from tierd.tiers.host import HostSegment
 
 pytestmark = pytest.mark.systemd
@@ -67,18 +68,18 @@ def warmed(load: Load, unit: Unit, blocks: int) -> None:
     until(lambda: accounts(unit)[2] >= blocks, f"{blocks} blocks are not stored", 60)
 
 
-def test_an_empty_daemon_is_ready_within_a_second(unit: Unit) -> None:
+def test_an_empty_daemon_is_ready_within_a_second(unit: Unit, results: Results) -> None:
     """From the start of its process, with nothing to adopt, it says READY in under one second."""
     seconds = []
     for _ in range(3):
         unit.systemctl("restart")
         seconds.append(unit.seconds_to_ready())
-    print("seconds to ready, empty:", seconds)
+    results.note("empty start", seconds=round(min(seconds), 2))
     assert min(seconds) < READY_SECONDS_EMPTY
 
 
 @pytest.mark.parametrize("death", ["restart", "kill -9", "watchdog"])
-def test_nothing_in_memory_is_lost_whatever_ends_the_daemon(death: str, unit: Unit, load: MakeLoad) -> None:
+def test_nothing_in_memory_is_lost_whatever_ends_the_daemon(death: str, unit: Unit, load: MakeLoad, results: Results) -> None:
     """With a live engine no call fails, no byte is wrong, every committed block is a hit again, and the accounts agree."""
     drop_in(unit, "WatchdogSec=2s")
     unit.systemctl("start")
@@ -96,7 +97,9 @@ def test_nothing_in_memory_is_lost_whatever_ends_the_daemon(death: str, unit: Un
     until(lambda: sum(status(unit)["lookup_blocks"].values()) > 0, "the engine does not come to the new life", 30)
     sums, checked, found = engine.pause(), engine.check(), adopted(unit)
     used_bytes, _, ready = settled(unit)
-    print(death, sums, checked, found, "seconds to ready:", unit.seconds_to_ready())
+    seconds = round(unit.seconds_to_ready(), 2)
+    print(death, sums, checked, found, "seconds to ready:", seconds)
+    results.note(death, blocks=checked["asked"], lost=checked["lost"], misses=sums["missed"], seconds=seconds)
     assert sums["failures"] == [] and sums["wrong"] == checked["wrong"] == 0
     assert sums["connects"] >= 2, "the engine has not attached again"
     assert checked["asked"] >= 10 * CHAIN_BLOCKS
@@ -120,7 +123,7 @@ def test_accounts_are_the_same_to_the_byte_after_a_kill(unit: Unit, load: MakeLo
 
 
 @pytest.mark.timeout(300)
-def test_ten_gigabytes_of_memory_are_served_again_within_five_seconds(unit: Unit, load: MakeLoad) -> None:
+def test_ten_gigabytes_of_memory_are_served_again_within_five_seconds(unit: Unit, load: MakeLoad, results: Results) -> None:
     """A cpu tier of 10 GiB, or of a quarter less than what this machine has free, full of blocks: killed, and ready again."""
     available = int(re.findall(r"MemAvailable:\s+(\d+)", unit.machine.run("cat", "/proc/meminfo").stdout)[0]) << 10
     size = min(10 * GIB, available * 3 // 4) >> 30
@@ -132,8 +135,9 @@ def test_ten_gigabytes_of_memory_are_served_again_within_five_seconds(unit: Unit
     before, pid = settled(unit), unit.pid()
     unit.signal("SIGKILL")
     unit.wait_next_life(pid)
-    print(f"seconds to ready with {before[0] / GIB:.1f} of {size} GiB in use:", unit.seconds_to_ready())
-    assert unit.seconds_to_ready() < READY_SECONDS_WARM
+    seconds = round(unit.seconds_to_ready(), 2)
+    results.note("warm start", gib=round(before[0] / GIB, 1), blocks=before[2], seconds=seconds)
+    assert seconds < READY_SECONDS_WARM
     assert accounts(unit) == before
     assert engine.check()["lost"] == 0
 
@@ -177,7 +181,7 @@ def test_a_configuration_that_changed_means_a_cold_start_that_says_why(unit: Uni
     assert engine.pause()["failures"] == []
 
 
-def test_stop_drains_and_the_next_start_finds_nvme_warm(unit: Unit, load: MakeLoad) -> None:
+def test_stop_drains_and_the_next_start_finds_nvme_warm(unit: Unit, load: MakeLoad, results: Results) -> None:
     """After stop and start memory is cold, and all that was committed comes back from disk, outside of /var/lib/tierd."""
     machine = unit.machine
     unit.configure(f'[nvme]\nbytes = "2GiB"\npath = "{DISK}/nvme"\n[limits]\ndrain_seconds_max = 60')
@@ -191,6 +195,7 @@ def test_stop_drains_and_the_next_start_finds_nvme_warm(unit: Unit, load: MakeLo
     unit.systemctl("start")
     assert accounts(unit)[2] == 0
     assert engine.check() == {"asked": 12 * CHAIN_BLOCKS, "lost": 0, "wrong": 0}
+    results.note("stop and start", blocks=12 * CHAIN_BLOCKS)
 
 
 def test_reload_takes_all_of_a_configuration_or_nothing(unit: Unit) -> None:
@@ -241,9 +246,8 @@ def test_only_members_of_the_group_can_connect(unit: Unit, machine: Machine) -> 
     assert found == ["srw-rw---- tierd tierd", "srw------- tierd tierd", "drwxr-xr-x tierd tierd", "drwx------ tierd tierd"]
 
 
-def test_the_installed_unit_is_as_closed_as_the_shipped_one(machine: Machine) -> None:
+def test_the_installed_unit_is_as_closed_as_the_shipped_one(machine: Machine, results: Results) -> None:
     """`systemd-analyze security` on the installed files, with an environment in somebody's home, stays at 1.6 or less."""
     machine.run("systemd-analyze", "verify", *(f"/etc/systemd/system/{name}" for name in ("tierd.service", "tierd.socket")))
-    print(
-        machine.run("systemd-analyze", "security", "--offline=true", "--threshold=16", "tierd.service").stdout.splitlines()[-1]
-    )
+    scored = machine.run("systemd-analyze", "security", "--offline=true", "--threshold=16", "tierd.service").stdout
+    results.note("exposure", score=float(re.findall(r"level for tierd.service: ([\d.]+)", scored)[0]))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from pages import configuration
+import pytest
+
+from pages import configuration, promises
 from pages.made import ROOT, pages
 from pages.site import build
 from tierd.config import KEYS
 
+RESULTS = json.loads((ROOT / "benchmarks/results/promises.json").read_text())
+
 
 def test_pages_that_are_made_are_those_in_the_repository() -> None:
-    """Making them again changes nothing: a new key is in the reference."""
+    """Making them again changes nothing: a new key is in the reference, a new run in the promises."""
     assert {name for name, text in pages().items() if (ROOT / name).read_text() != text} == set()
 
 
@@ -25,6 +30,23 @@ def test_the_reference_has_every_key_with_its_words() -> None:
         assert len(re.findall(rf"^\| `{name}` \| `.+` \| (?:live)? ?\| .{{20,}} \|$", sections[section], re.MULTILINE)) == 1, (
             dotted
         )
+
+
+def test_every_promise_has_tests_that_passed() -> None:
+    """Each row names a file of tests that is there, of which some have passed, and every figure comes from the run."""
+    text = promises.page(RESULTS)
+    for promise in promises.PROMISES:
+        assert (ROOT / promise.tests).exists() and RESULTS["passed"][promise.tests] > 0
+        assert bool(promise.seen) == bool(promise.note)
+    assert "{" not in text
+
+
+def test_a_run_that_failed_or_was_not_whole_promises_nothing() -> None:
+    """No page is made of it, and the error says which test it was."""
+    with pytest.raises(ValueError, match="test_torture"):
+        promises.page({**RESULTS, "failed": ["tests/faults/test_torture.py::test_fifty"]})
+    with pytest.raises(ValueError, match="nothing was noted of torture"):
+        promises.page({**RESULTS, "figures": {name: noted for name, noted in RESULTS["figures"].items() if name != "torture"}})
 
 
 def test_the_site_has_every_page_and_every_link_leads_somewhere(tmp_path: Path) -> None:
