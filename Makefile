@@ -59,8 +59,9 @@ dashboards: $(STAMP)  ## dashboards, rules and docs/metrics.md, from the modules
 manual: $(STAMP)  ## docs/cli.md and the man pages, from the commands' own parsers
 	$(RUN) manual
 
-pictures: $(STAMP)  ## docs/dashboards/*.png, from a real Prometheus that scrapes a busy daemon for a minute and a half
+pictures: $(STAMP)  ## pictures in the docs: dashboards, from a real Prometheus that scrapes a busy daemon for 90 s; tierd top; the status page
 	$(RUN) tests.ops.pictures
+	$(RUN) tests.ops.screens
 
 promises: $(STAMP)  ## docs/promises.md: every fault that the tests know, and the service under a real systemd; needs what test-systemd needs
 	$(RUN) pytest -n 0 -m "not prometheus and not package" tests/faults tests/ops --results benchmarks/results/promises.json
