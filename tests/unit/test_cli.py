@@ -71,11 +71,6 @@ def test_version_starts_quickly_and_loads_nothing_heavy() -> None:
     assert not {"numpy", "uvloop", "asyncio", "torch", "tomllib"} & set(loaded)
 
 
-def test_version_is_for_programs_too() -> None:
-    """As with other commands, `--json` prints one object."""
-    assert json.loads(tierd("version", "--json").stdout) == {"version": __version__}
-
-
 def test_help_names_every_command() -> None:
     """`tierd --help` is enough to find the way."""
     assert all(f"  {name} " in tierd("--help").stdout for name in COMMANDS)

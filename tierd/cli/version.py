@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 
 from tierd import __version__
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """For whom."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    """It has none."""
 
 
 def run(options: Namespace) -> int:
     """`tierd 0.1.0`"""
-    print(json.dumps({"version": __version__}) if options.json else f"tierd {__version__}")
+    print(f"tierd {__version__}")
     return 0
