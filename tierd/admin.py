@@ -24,6 +24,7 @@ from tierd.tiers.state import folder_of
 from tierd.tiers.tier import Tier
 from tierd.wire.messages import Request
 
+CLOSE_SECONDS_MAX = 30.0
 RECORD_SECONDS = 1.0
 """How long an answer to `record` waits for the first request."""
 
@@ -48,9 +49,11 @@ class Admin:
         self._purging: set[asyncio.Task[Purged]] = set()
 
     async def close(self) -> None:
-        """Wait for purges under way, so that no header is written any more when the next life reads them."""
+        """Wait for purges under way, so that no header is written any more when the next life reads them; for a medium that
+        does not answer, no longer than CLOSE_SECONDS_MAX.
+        """
         if self._purging:
-            await asyncio.wait(self._purging)
+            await asyncio.wait(self._purging, timeout=CLOSE_SECONDS_MAX)
 
     def connected(self, connection: Connection) -> None:
         """Nothing is kept per connection; the server admits only root and the daemon's own user."""

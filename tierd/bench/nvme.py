@@ -126,7 +126,7 @@ def fitting(payload_bytes: int, segment_bytes: int) -> int:
 
 
 def read_raw(raw: RawFile, memory: Any) -> float:
-    """A read into memory that was just cleared, as in `Chains.read`: clearing it cools a disk's threads, and raw's too."""
+    """A read into memory that was just cleared, as in `Chains.read`: a disk that was idle meanwhile is slower at first."""
     memory[:] = 0
     return raw.read(memory)
 

@@ -84,7 +84,8 @@ class Cache:
         self.index = Index(len(ladder), seed, make_orders(ladder, policies))
         self.sessions: dict[int, Session] = {}
         self.counters: Counter[tuple[str, ...]] = Counter()
-        self._block_tokens, self._seen = block_tokens, Seen(self.counters)
+        self._block_tokens = block_tokens
+        self._seen = Seen(self.counters)
         self.pins = Pins(self.index, ladder, self.counters)
         self._room = Room(self.index, ladder, self.counters)
         self._transfers = Transfers(ladder, self.counters)
@@ -360,7 +361,7 @@ class Cache:
             there = np.bincount((ordered >= 0).argmax(0)).tolist()
             for place, number in zip(near[1:].tolist(), there[1:], strict=False):
                 found[self.ladder.kinds[place]] += number
-        pending = self._stores.leading(hashes[blocks * HASH_BYTES :]) if blocks < asked else 0
+        pending = self._stores.leading(hashes, blocks)
         miss = asked - blocks - pending
         tiers = {**found, "remote": 0, "pending": pending, "miss": miss}
         for name, number in tiers.items():

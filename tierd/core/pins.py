@@ -24,6 +24,8 @@ class Pins:
     def __init__(self, index: Index, ladder: Ladder, counters: Counter[tuple[str, ...]]) -> None:
         self._index, self._ladder, self._counters = index, ladder, counters
         self.chains: dict[bytes, Slots] = {}
+        self._segments: dict[bytes, list[set[int]]] = {}
+        """The ordinals by tier that each of them is in: a pin or its end does not look at the slots of all others."""
 
     def pin(self, block: bytes, segments_max: Sequence[int]) -> int:
         """Pin the chain from the root to a block; returns its blocks. A pin that is there stays as it is.
@@ -33,15 +35,16 @@ class Pins:
         if block in self.chains:
             return len(self.chains[block][0])
         slots = self._choose(self._slots(block))
-        for pool, name, row, most in zip(self._ladder.pools, self._ladder.names, slots, segments_max, strict=True):
-            ordinals = _ordinals(row, pool.slots_per_segment) | pool.pinned
+        segments = [_ordinals(row, pool.slots_per_segment) for pool, row in zip(self._ladder.pools, slots, strict=True)]
+        for pool, name, own, most in zip(self._ladder.pools, self._ladder.names, segments, segments_max, strict=True):
+            ordinals = own | pool.pinned
             if len(ordinals) > max(most, len(pool.pinned)):
                 self._counters["pin_refused",] += 1
                 what = f"its blocks and those pinned before are in {len(ordinals)} segments of the {name} tier"
                 raise Busy(f"pin: {what}, pins may be in {most}: unpin others, or raise policy.pinned_share")
         for pool, row in zip(self._ladder.pools, slots, strict=True):
             pool.use(row[row >= 0])
-        self.chains[block] = slots
+        self.chains[block], self._segments[block] = slots, segments
         self._note_segments()
         return len(slots[0])
 
@@ -50,6 +53,7 @@ class Pins:
         if block not in self.chains:
             raise Gone(f"unpin: the chain that ends in {block.hex()} is not pinned")
         slots = self.chains.pop(block)
+        del self._segments[block]
         for pool, row in zip(self._ladder.pools, slots, strict=True):
             pool.unuse(row[row >= 0])
         self._note_segments()
@@ -81,8 +85,7 @@ class Pins:
 
     def _note_segments(self) -> None:
         for tier, pool in enumerate(self._ladder.pools):
-            rows = [_ordinals(slots[tier], pool.slots_per_segment) for slots in self.chains.values()]
-            pool.pinned = set[int]().union(*rows)
+            pool.pinned = set[int]().union(*(segments[tier] for segments in self._segments.values()))
 
 
 def _ordinals(row: Slots, slots_per_segment: int) -> set[int]:

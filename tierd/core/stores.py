@@ -100,12 +100,12 @@ class Stores:
         self._end(session, lease)
         session.pool.give(lease.here)
 
-    def leading(self, hashes: bytes) -> int:
-        """How many of the first blocks are being written."""
-        end = 0
-        while self.pending and hashes[end : end + HASH_BYTES] in self.pending:
-            end += HASH_BYTES
-        return end // HASH_BYTES
+    def leading(self, hashes: bytes, first: int) -> int:
+        """How many blocks from `first` on are being written, one behind the other."""
+        at = first * HASH_BYTES
+        while self.pending and hashes[at : at + HASH_BYTES] in self.pending:
+            at += HASH_BYTES
+        return at // HASH_BYTES - first
 
     def check(self, leases: list[Lease]) -> None:
         """Raise AssertionError if what is pending is not what these leases, all that there are, fill."""
