@@ -52,17 +52,22 @@ class Pins:
         """End a pin; returns its blocks. Raises Gone when there is none."""
         if block not in self.chains:
             raise Gone(f"unpin: the chain that ends in {block.hex()} is not pinned")
-        slots = self.chains.pop(block)
-        del self._segments[block]
-        for pool, row in zip(self._ladder.pools, slots, strict=True):
-            pool.unuse(row[row >= 0])
+        blocks = self._end(block)
         self._note_segments()
-        return len(slots[0])
+        return blocks
 
     def clear(self) -> None:
         """End all pins."""
         for block in list(self.chains):
-            self.unpin(block)
+            self._end(block)
+        self._note_segments()
+
+    def _end(self, block: bytes) -> int:
+        slots = self.chains.pop(block)
+        del self._segments[block]
+        for pool, row in zip(self._ladder.pools, slots, strict=True):
+            pool.unuse(row[row >= 0])
+        return len(slots[0])
 
     def _slots(self, block: bytes) -> Slots:
         """Where each block of the chain is (int32[tiers, n])."""
