@@ -218,11 +218,14 @@ def test_memory_that_cannot_be_imported_is_a_cold_start_with_its_reason(
     """The driver's words are in the log, the segments are given up, and the tier serves from the beginning."""
     load(emulation)
     broken = tmp_path / "broken"
-    daemon = launch(Gpu(False, environ(emulation, STUB_CUDA_IMPORT_FAILS=str(broken))), held=True, nvme_bytes="0")
-    client = connect(daemon)
-    hashes = hashes_of(1, SLOTS)
-    pages = store(client, hashes)
-    fail_while_starting(daemon, broken)
+    gpu = Gpu(False, environ(emulation, STUB_CUDA_IMPORT_FAILS=str(broken)))
+    daemon = launch(gpu, held=True, nvme_bytes="0", cpu_bytes=SEGMENT_BYTES)
+    with daemon.peer(layout=LAYOUT.to_map(), fingerprint=LAYOUT.fingerprint) as other:
+        other.ask("store", hashes=hashes_of(99, SLOTS))  # fills the cpu tier, or it would have some of the blocks afterwards
+        client = connect(daemon)
+        hashes = hashes_of(1, SLOTS)
+        pages = store(client, hashes)
+        fail_while_starting(daemon, broken)
     until(client, lambda: not client.alive)
     until(client, lambda: client.alive)
     assert "cannot be imported on cuda:0: cuMemImportFromShareableHandle says CUDA_ERROR_NOT_SUPPORTED" in daemon.log
