@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from tierd import audit
 from tierd.errors import Busy, Closed, Denied, Invalid, TierdError
+from tierd.linger import Linger
 from tierd.listening import BACKLOG, listen, taken_over
 from tierd.log import get_logger
 from tierd.wire.framing import FrameReader, after, decode, frame
@@ -103,6 +104,7 @@ class Server:
     async def start(self) -> None:
         """Listen. Raises Invalid when the path cannot be used or another daemon listens there."""
         self._loop = asyncio.get_running_loop()
+        self.linger = Linger(self._loop)
         self._listener = taken_over(self._inherited, self.path) if self._inherited else listen(self.path, self.mode)
         self._inode = os.stat(self.path).st_ino
         self._loop.add_reader(self._listener, self._accept)
@@ -322,6 +324,7 @@ class Connection:
         finally:
             self._send_turn()
             self._turn = None
+            self._server.linger.longer()
 
     def _take_next_turn(self) -> None:
         if not self.closed:
