@@ -20,6 +20,7 @@ Chains can be entered in the middle (`parent`) through a Table of hash fragments
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
+from tierd.core.compare import common, offset_of
 from tierd.core.plan import Hint, any_of, any_true
 from tierd.core.policy import Policy
 from tierd.core.policy.lru import Lru
@@ -81,6 +83,10 @@ class Piece(NamedTuple):
         return self.start + self.blocks
 
 
+_piece = partial(tuple.__new__, Piece)
+"""Makes a Piece of a tuple in a third of the time: a prompt has dozens."""
+
+
 class Index:
     """Tree of one namespace over `tiers` tiers; `orders[tier]` is that tier's order of eviction.
 
@@ -115,7 +121,7 @@ class Index:
             return self._found
         for owner in self.table.candidates(block):
             node = self._nodes[owner]
-            offset = _offset(node.hashes, block) if node is not None else -1
+            offset = offset_of(node.hashes, block) if node is not None else -1
             if node is not None and offset >= 0:
                 self._found = node, offset
                 return self._found
@@ -158,21 +164,26 @@ class Index:
     def _follow(self, hashes: bytes, at: int, node: Node, offset: int) -> list[Piece]:
         """Pieces that match `hashes` from byte `at`, where block `offset` of `node` (or its children) comes next."""
         pieces: list[Piece] = []
-        while True:
-            run = node.hashes
-            if offset == 0 and hashes.startswith(run, at):
-                size = len(run)
-            else:
-                size = _common(run, offset * HASH_BYTES, hashes, at) * HASH_BYTES
-            if size:
-                pieces.append(Piece(node, offset, size // HASH_BYTES))
-                at += size
-            if offset * HASH_BYTES + size < len(run) or node.children is None:
+        child: Node | None = node
+        if offset:
+            same = common(node.hashes, offset * HASH_BYTES, hashes, at)
+            if same:
+                pieces.append(Piece(node, offset, same))
+            at += same * HASH_BYTES
+            if offset + same < len(node):
                 return pieces
-            child = node.children.get(hashes[at : at + HASH_BYTES])
-            if child is None:
+            child = node.children.get(hashes[at : at + HASH_BYTES]) if node.children else None
+        while child is not None:
+            node, run = child, child.hashes
+            if not hashes.startswith(run, at):
+                if same := common(run, 0, hashes, at):
+                    pieces.append(Piece(node, 0, same))
                 return pieces
-            node, offset = child, 0
+            if run:  # the root has none
+                pieces.append(_piece((node, 0, len(run) // HASH_BYTES)))
+                at += len(run)
+            child = node.children.get(hashes[at : at + HASH_BYTES]) if node.children else None
+        return pieces
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
@@ -267,16 +278,19 @@ class Index:
             node = self.split(node, start + count)
             pieces = [*pieces[:-1], Piece(node, start, count)]
         path = self.path(node)
+        lonely = 0
         for member in path:
             member.last_use = now
             member.uses += 1
-            self.touched[member] = None
+            if member.children is not None and len(member.children) == 1:
+                lonely += 1
+        self.touched.update(dict.fromkeys(path))
         for order in self.orders:
             if rest is None:
                 order.touch(path)
             else:
                 order.asked(path, rest, now)
-        if any(len(member.children or ()) == 1 for member in path[1:]):
+        if lonely > (len(node.children or ()) == 1):  # the deepest may have one: it was not touched
             return self._merge(path, pieces)
         return pieces
 
@@ -473,24 +487,3 @@ class Index:
         self.touched.pop(node, None)
         self._nodes[node.id] = None
         self._ids.append(node.id)
-
-
-def _offset(run: bytes, block: bytes) -> int:
-    """Where a block hash is in a packed run, in blocks; -1: nowhere."""
-    rows = np.frombuffer(run, np.uint64).reshape(-1, HASH_BYTES // 8)
-    words = np.frombuffer(block, np.uint64)
-    spots = np.flatnonzero(rows[:, 0] == words[0])
-    spots = spots[(rows[spots] == words).all(1)]
-    return int(spots[0]) if len(spots) else -1
-
-
-def _common(run: bytes, start: int, hashes: bytes, at: int) -> int:
-    """How many whole hashes `run` from byte `start` and `hashes` from byte `at` have in common."""
-    size = min(len(run) - start, len(hashes) - at)
-    if size == 0:
-        return 0
-    left = np.frombuffer(run, np.uint64, size // 8, start)
-    right = np.frombuffer(hashes, np.uint64, size // 8, at)
-    differ = left != right
-    first = int(differ.argmax())
-    return first // 4 if differ[first] else size // HASH_BYTES

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ class Room:
             offsets = offsets[node.slots[tier, offsets] >= 0]
             if len(offsets):
                 gone[node] = None
-                self._count(tier, len(offsets), int(_elsewhere(node.slots >= 0, tier)[offsets].sum()))
+                self._count(tier, len(offsets), int(np.count_nonzero(_elsewhere(node, tier)[offsets])))
                 pool.retire(self._index.clear(tier, node, offsets))
         self._index.trim(gone)
 
@@ -74,23 +75,25 @@ class Room:
         lived: list[tuple[int, int]] = []
         taken = clean = 0
         for node in order.coldest(new, price):
-            if path is None and (node.children or node is behind):
-                path = set(self._index.path(behind)) if behind is not None else set()
-            there = node.slots >= 0
-            offsets = self._victims(node, tier, there, node in (path or ()))[taken - count :]
-            if not len(offsets):
-                continue
+            if path is None and behind is not None and node.last_use >= behind.last_use:  # as all above `behind` are
+                path = set(self._index.path(behind))
             row = node.slots[tier]
-            gone.append(row.take(offsets))
-            idle.append((latest - node.last_use, len(offsets)))
-            lived.append((latest - node.born, len(offsets)))
-            row[offsets] = -1
-            kept = int(np.count_nonzero(_elsewhere(there, tier).take(offsets)))
-            if kept < len(offsets):
+            where = self._victims(node, tier, path is not None and node in path)
+            slots = row[where]
+            if (spare := len(slots) - (count - taken)) > 0:
+                where, slots = slice(spare, None) if where is WHOLE else where[spare:], slots[spare:]
+            if not len(slots):
+                continue
+            gone.append(slots.copy())
+            idle.append((latest - node.last_use, len(slots)))
+            lived.append((latest - node.born, len(slots)))
+            kept = int(np.count_nonzero(_elsewhere(node, tier)[where]))
+            if kept < len(slots):
                 trimmed.append(node)
             clean += kept
-            taken += len(offsets)
-            if not any_true(row >= 0):
+            taken += len(slots)
+            row[where] = -1
+            if where is WHOLE or not any_true(row >= 0):
                 emptied.append(node)
             if taken >= count:
                 break
@@ -103,16 +106,20 @@ class Room:
             note_ages(self._counters, IDLE, self._ladder.names[tier], idle)
             note_ages(self._counters, LIVED, self._ladder.names[tier], lived)
 
-    def _victims(self, node: Node, tier: int, there: NDArray[np.bool_], is_ancestor: bool) -> NDArray[np.intp]:
-        """Offsets of the node's blocks that may go, head first; `there` (bool[tiers, n]) says in which tiers each is."""
-        offsets: NDArray[np.intp] = there[tier].nonzero()[0]
-        busy = self._pools[tier].users.take(node.slots[tier].take(offsets)) > 0
-        if tier == self._ladder.closed:
-            if is_ancestor or any(child.slots[tier, 0] >= 0 for child in (node.children or {}).values()):
-                return offsets[:0]
+    def _victims(self, node: Node, tier: int, is_ancestor: bool) -> Any:
+        """Which of the node's blocks may go, to index with: their offsets, head first, or mostly just WHOLE."""
+        row, users = node.slots[tier], self._pools[tier].users
+        is_closed = tier == self._ladder.closed
+        if is_closed and (is_ancestor or any(child.slots[tier, 0] >= 0 for child in (node.children or {}).values())):
+            return NOTHING
+        if not is_ancestor and not any_true(row < 0) and not np.count_nonzero(users.take(row)):
+            return WHOLE
+        offsets: NDArray[np.intp] = (row >= 0).nonzero()[0]
+        busy = users.take(row.take(offsets)) > 0
+        if is_closed:
             return offsets[int(np.flatnonzero(busy)[-1]) + 1 :] if any_true(busy) else offsets
         if is_ancestor:
-            busy |= ~_elsewhere(there, tier)[offsets]
+            busy |= ~_elsewhere(node, tier)[offsets]
         return offsets[~busy] if any_true(busy) else offsets
 
     def _count(self, tier: int, taken: int, clean: int) -> None:
@@ -121,7 +128,11 @@ class Room:
         self._counters["evicted", name, "drop"] += taken - clean
 
 
-def _elsewhere(there: NDArray[np.bool_], tier: int) -> NDArray[np.bool_]:
-    """Which blocks (bool[tiers, n]) have a copy in another tier."""
-    others = [row for at, row in enumerate(there) if at != tier]
-    return reduce(np.logical_or, others) if others else np.zeros(there.shape[1], np.bool_)
+def _elsewhere(node: Node, tier: int) -> NDArray[np.bool_]:
+    """Which of a node's blocks have a copy in another tier."""
+    others = [row >= 0 for at, row in enumerate(node.slots) if at != tier]
+    return reduce(np.logical_or, others) if others else np.zeros(len(node), np.bool_)
+
+
+WHOLE = slice(None)
+NOTHING: NDArray[np.intp] = np.empty(0, np.intp)
