@@ -474,11 +474,12 @@ class Index:
 
     def _enlist(self, node: Node) -> None:
         """Enter a node in the orders of the tiers that it is new in, and keep its ancestors behind it (hotter)."""
-        orders = [order for order, row in zip(self.orders, node.slots, strict=True) if node not in order and any_true(row >= 0)]
-        path = self.path(node) if orders else []
-        for order in orders:
-            order.add(node)
-            order.touch(path)
+        there, path = node.slots >= 0, None
+        for order, row in zip(self.orders, there, strict=True):
+            if node not in order and any_true(row):
+                path = path or self.path(node)
+                order.add(node)
+                order.touch(path)
 
     def _forget(self, node: Node) -> None:
         for order in self.orders:

@@ -163,8 +163,8 @@ def any_true(mask: NDArray[np.bool_]) -> bool:
     return mask.tobytes().find(1) >= 0
 
 
-def all_true(mask: NDArray[np.bool_]) -> bool:
-    """Whether all are true, likewise."""
+def all_true(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> bool:
+    """Whether all are true, or not 0, likewise."""
     return bool(np.count_nonzero(mask) == len(mask))
 
 

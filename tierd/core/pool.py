@@ -283,7 +283,7 @@ class Pool:
     def _release(self, slots: Slots) -> None:
         slots = np.sort(slots)  # segment by segment: cheaper than to group them afterwards
         self.state[rows_of(slots)] = FREE
-        for ordinal, local, _ in self.by_segment(slots):
+        for ordinal, local, _ in self._group(slots):
             self.segments[ordinal].free(local)
         if self.closing:
             slots = slots[~np.isin(slots // self.slots_per_segment, list(self.closing))]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES
+from tierd.core.plan import all_true
 
 Cells = NDArray[np.int32]
 """Places in the table, one per key."""
@@ -135,7 +136,7 @@ class Table:
 
     def _place(self, cells: NDArray[np.uint64]) -> Cells:
         """Each round places one key per bucket; keys that lost their bucket try again in the next round."""
-        places = np.full(len(cells), -1, np.int32)
+        places: Cells | None = None
         left = np.arange(len(cells), dtype=np.int32)
         while len(left):
             both = ((cells & _KEY) * _FACTORS >> self._shift).view(np.int64)
@@ -144,21 +145,28 @@ class Table:
             better = ones[1] > ones[0]
             bucket, free = np.where(better, both[1], both[0]), np.where(better, free_both[1], free_both[0])
             self._winner[bucket] = left
-            lost = self._winner.take(bucket) != left
-            if np.count_nonzero(free) < len(free):
-                for cell in cells[free == 0].tolist():
+            won = self._winner.take(bucket) == left
+            if places is None and all_true(won) and all_true(free):
+                return self._fill(bucket, free, cells)
+            if places is None:
+                places = np.full(len(cells), -1, np.int32)
+            if not all_true(free):
+                full = free == 0
+                for cell in cells[full].tolist():
                     self.spilled.setdefault(cell & _LOW, []).append(cell >> 32)
-                lost &= free != 0
-            again = lost.nonzero()[0]
-            here, entered = left, cells
-            if len(again) or self.spilled:
-                keep = ~lost & (free != 0)
-                bucket, free, here, entered = bucket[keep], free[keep], left[keep], cells[keep]
-            places[here] = spots = bucket * CELLS + _LOWEST.take(free)
-            self._cells[spots] = entered
-            self._free[bucket] = free & (free - np.uint8(1))
-            left, cells = left[again], cells[again]
-        return places
+                won, lost = won & ~full, ~won & ~full
+            else:
+                lost = ~won
+            places[left[won]] = self._fill(bucket[won], free[won], cells[won])
+            left, cells = left[lost], cells[lost]
+        return _NO_CELLS if places is None else places
+
+    def _fill(self, bucket: NDArray[np.int64], free: NDArray[np.uint8], cells: NDArray[np.uint64]) -> Cells:
+        """Put each cell into the lowest free place of its bucket, no two into the same bucket; returns the places."""
+        places = bucket * CELLS + _LOWEST.take(free)
+        self._cells[places] = cells
+        self._free[bucket] = _REST.take(free)
+        return places.astype(np.int32)
 
     def _respill(self, places: Cells, hashes: bytes, old: int, new: int | None) -> Cells:
         """Remove keys that spilled, or give them to another owner; returns the places of the others."""
@@ -179,6 +187,8 @@ _WORD, _LOW, _HALF, _KEY = (1 << 64) - 1, (1 << 32) - 1, np.uint64(32), np.uint6
 _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _FACTORS = np.array([[_FIRST], [_SECOND]])
 _WORDS = Struct("<8I")
+_NO_CELLS = np.empty(0, np.int32)
 _BIT = (1 << np.arange(CELLS)).astype(np.uint8)
 _ONES = np.array([mask.bit_count() for mask in range(256)], np.uint8)
+_REST = np.array([mask & (mask - 1) for mask in range(256)], np.uint8)
 _LOWEST = np.array([(mask & -mask).bit_length() - 1 if mask else 0 for mask in range(256)], np.int64)
