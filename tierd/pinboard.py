@@ -1,8 +1,9 @@
 """Which chains are pinned, over all namespaces: within what pins may hold, and over restarts.
 
 A namespace's pins may be in `share` of the segments that it may have of a tier, those of all in `share` of its bytes, so that
-the rest can change hands. `pins.json` in the state directory has the hashes of what is pinned: an operator's pin is in it
-before it is answered, a client's within a second. A start pins again what it finds there and what is still whole.
+the rest can change hands. What a client wants to be kept is pinned for a term, and is the first to give way. `pins.json` in the
+state directory has the hashes of what is pinned: an operator's pin is in it before it is answered, a client's within a second,
+one with a term within ten. A start pins again what it finds there and what is still whole.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tierd import clock
 from tierd.block import HASH_BYTES
+from tierd.core.pins import FOREVER, Term
 from tierd.errors import Busy, Gone, TierdError
 from tierd.keeper import Keeper
 from tierd.log import get_logger
 from tierd.notes import replace
 from tierd.space import Arena, Space
+from tierd.wire.messages import PRIORITY_MAX
 
 log = get_logger("pinboard")
 FILE = "pins.json"
@@ -25,8 +29,10 @@ FILE_BYTES_MAX = 16 << 20
 PINS_MAX = 256
 """Of one namespace: eviction looks at each of them when all that is warmer has gone."""
 SAVE_SECONDS = 1.0
-Noted = dict[str, list[str]]
-"""Hashes of the last blocks of pinned chains by namespace, in hex."""
+KEPT_SAVE_SECONDS = 10.0
+"""Requests may keep something all the time: that alone is not noted more often."""
+Noted = dict[str, dict[str, Term]]
+"""Pins by namespace and by the hash of their chain's last block, all in hex."""
 
 
 class Pinboard:
@@ -36,13 +42,13 @@ class Pinboard:
         self._keeper, self._path, self._share = keeper, state_dir / FILE, share
         self._saving = asyncio.Lock()
         self._saved: Noted = {}
+        self._saved_at = 0.0
 
-    def pin(self, space: Space, block: bytes) -> int:
+    def pin(self, space: Space, block: bytes, term: Term = FOREVER) -> int:
         """Pin the chain that ends in a block; returns its blocks. Raises Gone and Busy, as Pins.pin."""
-        pins = space.cache.pins
-        if len(pins.chains) >= PINS_MAX and block not in pins.chains:
-            raise Busy(f"pin: the namespace has its maximum of {PINS_MAX} pins: unpin others")
-        return pins.pin(block, [self._segments_max(space, tier) for tier in range(len(space.arenas))])
+        space.cache.pins.lapse(clock.unix_milliseconds())
+        segments_max = [self._segments_max(space, tier) for tier in range(len(space.arenas))]
+        return space.cache.pins.pin(block, segments_max, PINS_MAX, term)
 
     def _segments_max(self, space: Space, tier: int) -> int:
         """In how many segments of a tier the pins of a space may be."""
@@ -54,37 +60,50 @@ class Pinboard:
 
     def restore(self) -> None:
         """Pin again what earlier lives had pinned, as far as it is whole; what is not is forgotten, and the log says so."""
-        noted = self._read()
-        for name, blocks in noted.items():
+        noted, now = self._read(), clock.unix_milliseconds()
+        for name, terms in noted.items():
             space = self._keeper.spaces.get(bytes.fromhex(name))
-            for block in blocks:
+            for block, term in terms.items():
                 try:
                     if space is None:
                         raise Gone("nothing of its namespace is left")
-                    self.pin(space, bytes.fromhex(block))
+                    if term.until > now:
+                        self.pin(space, bytes.fromhex(block), term)
                 except TierdError as error:
-                    log.warning("a pin is lost", namespace=name, block=block, reason=str(error))
+                    if term == FOREVER:  # the others were wishes
+                        log.warning("a pin is lost", namespace=name, block=block, reason=str(error))
         self._saved = noted
 
     async def save(self) -> None:
         """Note what is pinned now, if that has changed. Raises Busy when the medium does not take it."""
         async with self._saving:
-            pinned = {space.namespace.id.hex(): [block.hex() for block in space.cache.pins.chains] for space in self._spaces()}
+            pinned = self._noted()
             if pinned != self._saved:
                 try:
-                    await asyncio.to_thread(replace, self._path, {"pins": pinned})
+                    await asyncio.to_thread(replace, self._path, _to_json(pinned))
                 except OSError as error:
                     raise Busy(f"{self._path} cannot be written ({error}): pins hold, but only in this life") from error
-                self._saved = pinned
+                self._saved, self._saved_at = pinned, clock.monotonic_seconds()
 
     async def watch(self) -> None:
-        """Until cancelled: note what clients pin, and what a purge has unpinned."""
+        """Until cancelled: end pins whose term is over, and note what clients pin and what a purge has unpinned."""
         while True:
             await asyncio.sleep(SAVE_SECONDS)
+            for space in self._spaces():
+                space.cache.pins.lapse(clock.unix_milliseconds())
+            if (
+                _pinned(self._noted()) == _pinned(self._saved)
+                and clock.monotonic_seconds() < self._saved_at + KEPT_SAVE_SECONDS
+            ):
+                continue
             try:
                 await self.save()
             except Busy as error:
                 log.warning("pins are not noted", reason=str(error))
+
+    def _noted(self) -> Noted:
+        terms = {space.namespace.id.hex(): space.cache.pins.terms for space in self._spaces()}
+        return {name: {block.hex(): term for block, term in some.items()} for name, some in terms.items()}
 
     def _spaces(self) -> list[Space]:
         return [space for space in self._keeper.spaces.values() if space.cache.pins.chains]
@@ -93,10 +112,7 @@ class Pinboard:
         """What is noted; a file that cannot be understood costs the pins, and no more."""
         try:
             with self._path.open(encoding="utf-8") as file:
-                found: dict[str, Any] = json.loads(file.read(FILE_BYTES_MAX))["pins"]
-            noted = {name: [str(block) for block in blocks] for name, blocks in found.items()}
-            if any(len(bytes.fromhex(block)) != HASH_BYTES for name, blocks in noted.items() for block in (name, *blocks)):
-                raise ValueError(f"ids of namespaces and hashes of blocks have {2 * HASH_BYTES} digits")
+                noted = _from_json(json.loads(file.read(FILE_BYTES_MAX)))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,15 +121,45 @@ class Pinboard:
         return noted
 
 
+def _to_json(noted: Noted) -> dict[str, Any]:
+    """`pins`: hashes by namespace; `kept`: those with a term, and `[priority, until]`."""
+    kept = {name: {block: term for block, term in terms.items() if term != FOREVER} for name, terms in noted.items()}
+    return {"pins": _pinned(noted), "kept": {name: terms for name, terms in kept.items() if terms}}
+
+
+def _from_json(found: dict[str, Any]) -> Noted:
+    """Raises ValueError, KeyError, TypeError or AttributeError for what `_to_json` did not make."""
+    noted: Noted = {name: dict.fromkeys(map(str, blocks), FOREVER) for name, blocks in found["pins"].items()}
+    for name, terms in found.get("kept", {}).items():
+        for block, (priority, until) in terms.items():
+            noted.setdefault(name, {})[block] = Term(min(int(priority), PRIORITY_MAX), int(until))
+    if any(len(bytes.fromhex(block)) != HASH_BYTES for name, blocks in noted.items() for block in (name, *blocks)):
+        raise ValueError(f"ids of namespaces and hashes of blocks have {2 * HASH_BYTES} digits")
+    return noted
+
+
+def _pinned(noted: Noted) -> dict[str, list[str]]:
+    """What is pinned until it is unpinned."""
+    pinned = {name: [block for block, term in terms.items() if term == FOREVER] for name, terms in noted.items()}
+    return {name: blocks for name, blocks in pinned.items() if blocks}
+
+
 def pinned_bytes(arena: Arena) -> int:
     """Bytes of the segments that pins hold in a tier."""
     return len(arena.pool.pinned) * arena.geometry.total_bytes
 
 
 def listed(space: Space) -> list[dict[str, Any]]:
-    """The pins of a namespace: the last block of each chain, and how many of its copies are pinned by tier."""
+    """The pins of a namespace: the last block of each chain, and how many of its copies are pinned by tier; of one with a term
+    also its `priority`, and `until` when (Unix milliseconds) it lasts.
+    """
     names = [arena.tier.name for arena in space.arenas]
+    pins = space.cache.pins
     return [
-        {"block": block, "blocks": {name: int((row >= 0).sum()) for name, row in zip(names, slots, strict=True)}}
-        for block, slots in space.cache.pins.chains.items()
+        {
+            "block": block,
+            "blocks": {name: int((row >= 0).sum()) for name, row in zip(names, slots, strict=True)},
+            **({} if pins.terms[block] == FOREVER else pins.terms[block]._asdict()),
+        }
+        for block, slots in pins.chains.items()
     ]

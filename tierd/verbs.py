@@ -14,6 +14,7 @@ from typing import Any
 from tierd import clock
 from tierd.block import HASH_BYTES
 from tierd.config import Limits
+from tierd.core.pins import FOREVER, Term
 from tierd.core.plan import Hint, Wait
 from tierd.errors import Busy, Gone, Invalid
 from tierd.keeper import Keeper
@@ -151,10 +152,15 @@ class Verbs:
         reply = {"committed": done.committed, "dropped": done.dropped}
         return reply | {"pinned": self._pin(session.space, last)} if last else reply
 
-    def _pin(self, space: Space, block: bytes) -> int:
+    def keep(self, session: Attached, arguments: Request) -> Reply:
+        """Pin the chain of a request for a time, unless there is no room for it beside others."""
+        until = clock.unix_milliseconds() + arguments["ttl_ms"]
+        return {"kept": self._pin(session.space, arguments["block"], Term(arguments["priority"], until))}
+
+    def _pin(self, space: Space, block: bytes, term: Term = FOREVER) -> int:
         """How many blocks are pinned: none where pins may hold no more, or where the chain has a gap."""
         try:
-            return self._pinboard.pin(space, block)
+            return self._pinboard.pin(space, block, term)
         except (Busy, Gone):
             return 0
 
@@ -244,6 +250,7 @@ BY_NAME: dict[str, Callable[[Verbs, Attached, Request], Answer]] = {
     "commit_pages": Verbs.commit_pages,
     "release_pages": Verbs.release_pages,
     "ended": Verbs.ended,
+    "keep": Verbs.keep,
     "prefetch": Verbs.prefetch,
     "stats": Verbs.stats,
 }

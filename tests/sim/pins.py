@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tests.sim.world import World
+from tierd.core.pins import FOREVER, Term
 from tierd.core.pool import QUARANTINED
 from tierd.errors import Busy, Gone
 
+CHAINS_MAX = 3
 
-def pin(world: World, block: bytes, segments_max: int) -> None:
+
+def pin(world: World, block: bytes, segments_max: int, term: Term = FOREVER) -> None:
     """Pin the chain that ends in a block, where pins may be in so many segments of each tier."""
     chain = [*world._ancestors(block), block]
-    before = [set(pool.pinned) for pool in world.cache.pools]
+    pins, limits = world.cache.pins, [segments_max] * world.tiers
+    before, terms = [set(pool.pinned) for pool in world.cache.pools], dict(pins.terms)
     try:
-        assert world.cache.pins.pin(block, [segments_max] * world.tiers) == len(chain)
+        assert pins.pin(block, limits, CHAINS_MAX, term) == len(chain)
     except Gone:
         assert block not in world.known or not all(world.where.get(one) for one in chain), "a chain that is there is pinned"
-        assert [pool.pinned for pool in world.cache.pools] == before, "what is refused changes nothing"
+        assert ([pool.pinned for pool in world.cache.pools], pins.terms) == (before, terms), "what is refused changes nothing"
     except Busy:
-        assert [pool.pinned for pool in world.cache.pools] == before, "what is refused changes nothing"
+        assert ([pool.pinned for pool in world.cache.pools], pins.terms) == (before, terms), "what is refused changes nothing"
     else:
-        fresh = [pool.pinned - old for pool, old in zip(world.cache.pools, before, strict=True)]
-        assert all(not new or len(old | new) <= segments_max for old, new in zip(before, fresh, strict=True))
+        assert pins.terms[block] == Term(*map(max, terms.get(block, term), term)), "of two terms the greater counts"
+        assert all(terms[gone] < term for gone in terms.keys() - pins.terms), "a pin gives way to greater terms only"
+        assert len(pins.chains) <= CHAINS_MAX
+        for pool, old in zip(world.cache.pools, before, strict=True):
+            assert len(pool.pinned) <= max(segments_max, len(old)), "pins are in no more segments than they may be"
+    world.settle()
+
+
+def lapse(world: World, now: int) -> None:
+    """The terms that are over end, and no others."""
+    pins = world.cache.pins
+    over = {block for block, term in pins.terms.items() if term.until <= now}
+    left = pins.terms.keys() - over
+    assert pins.lapse(now) == len(over)
+    assert pins.terms.keys() == pins.chains.keys() == left
     world.settle()
 
 
@@ -32,10 +49,10 @@ def unpin(world: World, block: bytes) -> None:
     world.settle()
 
 
-def pin_again(world: World, blocks: list[bytes]) -> None:
+def pin_again(world: World, terms: Mapping[bytes, Term]) -> None:
     """What a start does with what an earlier life had pinned."""
-    for block in blocks:
-        pin(world, block, 100)
+    for block, term in terms.items():
+        pin(world, block, 100, term)
 
 
 def pinned_stays(world: World) -> None:

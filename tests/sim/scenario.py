@@ -11,17 +11,17 @@ import random
 from tests.sim.clients import Client, Place, chain
 from tests.sim.forget import forget_all
 from tests.sim.pages import Naming, PagedWorld
-from tests.sim.pins import pin, pin_again, pinned_stays, unpin
+from tests.sim.pins import lapse, pin, pin_again, pinned_stays, unpin
 from tierd.block import ROOT
 from tierd.core.admission import ADMISSIONS
 from tierd.core.ladder import TIERS
+from tierd.core.pins import FOREVER, Term
 from tierd.core.plan import IO_ERROR, MISMATCH, OK, Hint, Transfer, Wait
 from tierd.core.policies import SERVING
 
 CLIENTS_MAX = 5
 DEEP_SHARE = 0.1
 """After which share of the steps the cache checks all of itself, which takes longer than the step."""
-PINS_MAX = 3
 PROMPT_BLOCKS_MAX = 40
 PROMPTS = 10
 """Earlier prompts that a new one may share blocks with."""
@@ -51,7 +51,7 @@ class Scenario:
             **{self._write_back: choice((4, 20, 40)), self._finish: choice((6, 25, 60))},
             self._purge: 0 if self.mild else choice((0, 0, 0.3)),
             **{self._vacate: 0 if self.mild else choice((0, 1, 6)), self._collect: 4, self._grow: choice((0.3, 3))},
-            **{self._pin: seed % 2 * 4, self._unpin: seed % 2 * 2},
+            **{self._pin: seed % 2 * 4, self._unpin: seed % 2 * 2, self._lapse: seed % 2},
         }
 
     def run(self, steps: int) -> None:
@@ -278,8 +278,11 @@ class Scenario:
 
     def _pin(self) -> None:
         hashes, _ = self._chain()
-        if len(self.world.cache.pins.chains) < PINS_MAX:
-            pin(self.world, self.dice.choice([*hashes, *sorted(self.world.where)]), self.dice.choice((0, 1, 2, 100)))
+        term = self.dice.choice((FOREVER, Term(self.dice.randrange(3), self.world.now + self.dice.randrange(40))))
+        pin(self.world, self.dice.choice([*hashes, *sorted(self.world.where)]), self.dice.choice((0, 1, 2, 100)), term)
+
+    def _lapse(self) -> None:
+        lapse(self.world, self.world.now)
 
     def _unpin(self) -> None:
         if pinned := list(self.world.cache.pins.chains):
@@ -300,7 +303,7 @@ class Scenario:
 
     def _restart(self) -> None:
         arrived = (self.dice.random() < 0.5 for _ in iter(int, 1))
-        pinned = list(self.world.cache.pins.chains)
+        pinned = dict(self.world.cache.pins.terms)
         self.world.restart(arrived, keeps_memory=self.dice.random() < 0.8)
         pin_again(self.world, pinned)
 

@@ -110,7 +110,7 @@ class House:
         """The connector's side in the scheduler."""
         return self.scheduler.connector.scheduler
 
-    def add(self, prompt: list[int], max_tokens: int = 1, salt: str | None = None, **tierd: bool) -> str:
+    def add(self, prompt: list[int], max_tokens: int = 1, salt: str | None = None, **tierd: Any) -> str:
         """A new request; returns its id."""
         self._ids += 1
         name = f"r{self._ids}"

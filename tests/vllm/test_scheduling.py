@@ -233,6 +233,22 @@ def test_a_request_may_decline(build: Build) -> None:
     assert house.run(text) == 5
 
 
+def test_a_request_may_ask_to_be_kept(build: Build, daemon: Daemon) -> None:
+    """`kv_transfer_params`: its whole chain is, as far as it is stored; a hit that stores nothing may ask as well. What cannot
+    be understood is no error, and nothing is kept.
+    """
+    house = build()
+    house.run(prompt(30, 5), max_tokens=BLOCK + 1, ttl_seconds=60, priority=7)
+    house.run(prompt(31, 3))
+    house.forget()
+    house.run(prompt(31, 3), ttl_seconds=90.5)
+    house.run(prompt(32, 2), ttl_seconds="long")
+    house.run(prompt(33, 2), ttl_seconds=60, store=False)
+    name = daemon.status()["namespaces"][0]["id"]
+    pins = {pin["blocks"]["cpu"]: pin["priority"] for pin in daemon.ask("pin", namespace=name)["pins"]}
+    assert pins == {6: 7, 3: 0}
+
+
 def test_without_a_daemon_everything_is_computed(build: Build, daemon: Daemon) -> None:
     """Before, during and after: the same tokens; what is held for saves that fail is given back."""
     daemon.kill()

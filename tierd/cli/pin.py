@@ -1,7 +1,7 @@
 """Pin the chain of blocks that ends in HASH, so that none of them is evicted; without HASH list what is pinned.
 
 A pin lasts until `tierd unpin` or a purge, and outlives the daemon as far as its blocks do. Segments with pinned blocks are at
-most policy.pinned_share of a tier.
+most policy.pinned_share of a tier. What requests want to be kept for a time is listed too; it gives way to a pin.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from tierd.block import HASH_BYTES
@@ -51,7 +52,16 @@ def page(pins: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not pins:
         yield "nothing is pinned"
     for pin in pins:
-        yield f"{pin['block'].hex()}  {', '.join(f'{n:,} blocks in {tier}' for tier, n in pin['blocks'].items() if n)}"
+        copies = ", ".join(f"{n:,} blocks in {tier}" for tier, n in pin["blocks"].items() if n)
+        yield f"{pin['block'].hex()}  {copies}{_term(pin)}"
+
+
+def _term(pin: Mapping[str, Any]) -> str:
+    """Of one that a request wants to be kept, how long it is."""
+    if "until" not in pin:
+        return ""
+    until = datetime.fromtimestamp(pin["until"] / 1000).astimezone()
+    return f", until {until:%Y-%m-%d %H:%M:%S}, priority {pin['priority']}"
 
 
 def block(text: str) -> bytes:

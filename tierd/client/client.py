@@ -18,9 +18,10 @@ from tierd.client.store import Stored, Storing
 from tierd.client.transfer import Copier, Pool, as_pages, as_pool
 from tierd.errors import Invalid
 from tierd.layout import Layout
-from tierd.wire.messages import DATA, PROTOCOL_VERSION, TURN_ENDS, check_values
+from tierd.wire.messages import DATA, KEEP_MS_MAX, PRIORITY_MAX, PROTOCOL_VERSION, TURN_ENDS, check_values
 
 COPY_THREADS_MAX = 64
+KEEP_SECONDS_MAX, KEEP_PRIORITY_MAX = KEEP_MS_MAX / 1000, PRIORITY_MAX
 
 
 class Client:
@@ -149,6 +150,17 @@ class Client:
         with self._context.missing("ended"):
             self.session.connection().tell("ended", arguments, self.deadline_seconds)
 
+    def keep(self, block: bytes, seconds: float, priority: int = 0) -> None:
+        """Ask that a chain that is stored is not evicted for so long; `tierd pin` lists what is. Never waits.
+
+        block: the hash (32 bytes) of the chain's last block. seconds: more than 0, at most a week. priority: 0 to 100; where
+        what is kept has no room in `policy.pinned_share`, lower ones go first, then those that end sooner.
+        """
+        self._context.check_process()
+        arguments = keeping(block, seconds, priority)
+        with self._context.missing("keep"):
+            self.session.connection().tell("keep", arguments, self.deadline_seconds)
+
     @property
     def statistics(self) -> dict[str, Any]:
         """Counts since the start, among them `failures` by kind and `tiers`: blocks looked up by where they were."""
@@ -206,6 +218,12 @@ def turn_ended(block: bytes, turn: str, conversation: str | None) -> dict[str, A
     if turn not in TURN_ENDS:
         raise Invalid(f"turn {turn!r} is not one of {', '.join(TURN_ENDS)}")
     return check_values("ended", {"block": block, "turn": turn, "conversation": conversation}, DATA["ended"])
+
+
+def keeping(block: bytes, seconds: float, priority: int) -> dict[str, Any]:
+    """Arguments of `keep`; raises Invalid when the daemon would refuse them."""
+    check_hashes(b"", block)
+    return check_values("keep", {"block": block, "ttl_ms": round(seconds * 1000), "priority": priority}, DATA["keep"])
 
 
 def check_length(blocks: int, pages: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tierd.block import HASH_BYTES, ROOT
-from tierd.client.client import check_hashes, default_socket, turn_ended
+from tierd.client.client import check_hashes, default_socket, keeping, turn_ended
 from tierd.client.connection import Connection, Ticket
 from tierd.client.link import Link
 from tierd.client.page_memory import PageMemory, Pages
@@ -250,6 +250,10 @@ class PageClient:
     def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
         """Say why a turn ended (see `Client.ended`)."""
         self._tell("ended", turn_ended(block, turn, conversation))
+
+    def keep(self, block: bytes, seconds: float, priority: int = 0) -> None:
+        """Ask that a chain is not evicted for so long (see `Client.keep`)."""
+        self._tell("keep", keeping(block, seconds, priority))
 
     def poll(self) -> None:
         """Take what has arrived, never waiting; connects again when it is time to."""

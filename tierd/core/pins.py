@@ -3,12 +3,14 @@
 - Copies are those that are there when it is pinned. On devices, whose pages engines need, only one of what is nowhere else.
 - A segment with a pinned block is not given up (`Pool.pinned`), so what pins may hold is counted in segments.
 - Chains may share blocks: each pin uses them for itself.
+- A pin may have a Term. It ends by itself then, and before that it gives way to one of a greater term, as if it were not there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,35 +20,74 @@ from tierd.core.plan import Slots
 from tierd.errors import Busy, Gone
 
 
+class Term(NamedTuple):
+    """Which pin is kept of two that have no room together: that of the higher `priority`, else the one that lasts longer,
+    `until` when (Unix milliseconds).
+    """
+
+    priority: int
+    until: int
+
+
+FOREVER = Term(1 << 32, (1 << 63) - 1)
+"""Until it is unpinned. It gives way to nothing."""
+
+
 class Pins:
     """Pins by the hash of their chain's last block: the slots (int32[tiers, n], -1: none) that each one uses."""
 
     def __init__(self, index: Index, ladder: Ladder, counters: Counter[tuple[str, ...]]) -> None:
         self._index, self._ladder, self._counters = index, ladder, counters
         self.chains: dict[bytes, Slots] = {}
+        self.terms: dict[bytes, Term] = {}
         self._segments: dict[bytes, list[set[int]]] = {}
         """The ordinals by tier that each of them is in: a pin or its end does not look at the slots of all others."""
 
-    def pin(self, block: bytes, segments_max: Sequence[int]) -> int:
-        """Pin the chain from the root to a block; returns its blocks. A pin that is there stays as it is.
+    def pin(self, block: bytes, segments_max: Sequence[int], chains_max: int, term: Term = FOREVER) -> int:
+        """Pin the chain from the root to a block; returns its blocks. One that is pinned stays so, for the greater term.
 
-        Raises Gone when a block of it is in no tier, Busy when pins would be in more than `segments_max` segments of a tier.
+        Where there are `chains_max` pins, or they would be in more than `segments_max` segments of a tier, pins of lesser
+        terms end: as few as must, the least first. Raises Gone when a block of the chain is in no tier, Busy when even all of
+        those would not make room.
         """
         if block in self.chains:
+            self.terms[block] = Term(*map(max, self.terms[block], term))
             return len(self.chains[block][0])
         slots = self._choose(self._slots(block))
         segments = [_ordinals(row, pool.slots_per_segment) for pool, row in zip(self._ladder.pools, slots, strict=True)]
-        for pool, name, own, most in zip(self._ladder.pools, self._ladder.names, segments, segments_max, strict=True):
-            ordinals = own | pool.pinned
-            if len(ordinals) > max(most, len(pool.pinned)):
-                self._counters["pin_refused",] += 1
-                what = f"its blocks and those pinned before are in {len(ordinals)} segments of the {name} tier"
-                raise Busy(f"pin: {what}, pins may be in {most}: unpin others, or raise policy.pinned_share")
+        for other in self._in_the_way(segments, segments_max, chains_max, term):
+            self._counters["pin_displaced",] += 1
+            self._end(other)
         for pool, row in zip(self._ladder.pools, slots, strict=True):
             pool.use(row[row >= 0])
-        self.chains[block], self._segments[block] = slots, segments
+        self.chains[block], self._segments[block], self.terms[block] = slots, segments, term
         self._note_segments()
         return len(slots[0])
+
+    def _in_the_way(self, own: list[set[int]], segments_max: Sequence[int], chains_max: int, term: Term) -> list[bytes]:
+        """Pins of lesser terms that must end so that one in its `own` segments can be; raises Busy when that is not enough."""
+        pools = self._ladder.pools
+        most = [max(limit, len(pool.pinned)) for limit, pool in zip(segments_max, pools, strict=True)]
+        lesser = sorted((one for one in self.chains if self.terms[one] < term), key=self.terms.__getitem__)
+        others = self.chains.keys() - lesser
+        pinned = [new.union(*(self._segments[one][tier] for one in others)) for tier, new in enumerate(own)]
+        for ordinals, name, limit in zip(pinned, self._ladder.names, most, strict=True):
+            if len(ordinals) > limit:
+                self._counters["pin_refused",] += 1
+                what = f"its blocks and those pinned before are in {len(ordinals)} segments of the {name} tier"
+                raise Busy(f"pin: {what}, pins may be in {limit}: unpin others, or raise policy.pinned_share")
+        room = chains_max - len(others) - 1
+        if room < 0:
+            self._counters["pin_refused",] += 1
+            raise Busy(f"pin: the namespace has its maximum of {chains_max} pins: unpin others")
+        ended = []
+        for one in reversed(lesser):  # the greatest term has the first choice of what room is left
+            joined = [there | its for there, its in zip(pinned, self._segments[one], strict=True)]
+            if room and all(len(ordinals) <= limit for ordinals, limit in zip(joined, most, strict=True)):
+                pinned, room = joined, room - 1
+            else:
+                ended.append(one)
+        return ended
 
     def unpin(self, block: bytes) -> int:
         """End a pin; returns its blocks. Raises Gone when there is none."""
@@ -56,6 +97,15 @@ class Pins:
         self._note_segments()
         return blocks
 
+    def lapse(self, now: int) -> int:
+        """End the pins whose term is over at `now` (Unix milliseconds); returns how many."""
+        over = [block for block, term in self.terms.items() if term.until <= now]
+        for block in over:
+            self._end(block)
+        if over:
+            self._note_segments()
+        return len(over)
+
     def clear(self) -> None:
         """End all pins."""
         for block in list(self.chains):
@@ -64,7 +114,7 @@ class Pins:
 
     def _end(self, block: bytes) -> int:
         slots = self.chains.pop(block)
-        del self._segments[block]
+        del self._segments[block], self.terms[block]
         for pool, row in zip(self._ladder.pools, slots, strict=True):
             pool.unuse(row[row >= 0])
         return len(slots[0])

@@ -20,6 +20,9 @@ READING, WRITING = 1, 2
 NAMED, UNNAMED = -1, -2
 """Instead of a slot number in the reply to `commit_pages`."""
 TURN_ENDS = ("tool_use", "end_turn", "stop", "length", "abort")
+PRIORITY_MAX = 100
+KEEP_MS_MAX = 7 * 24 * 3600 * 1000
+"""A week: what is wanted for longer is an operator's to pin."""
 SEGMENTS_PER_PUSH_MAX = 64
 SLOT_BYTES = 4
 U32_MAX, U64_MAX = (1 << 32) - 1, (1 << 64) - 1
@@ -95,6 +98,7 @@ DATA = {
     "commit_pages": {"slots": PAGES, "parents": HASHES, "hashes": HASHES},
     "release_pages": {"slots": PAGES},
     "ended": {"block": BIN32, "turn": LABEL, "conversation": optional(LABEL)},
+    "keep": {"block": BIN32, "ttl_ms": Argument(int, 1, KEEP_MS_MAX), "priority": optional(Argument(int, 0, PRIORITY_MAX), 0)},
     "prefetch": {"hashes": HASHES, "parent": PARENT},
     "detached": {"segments": SEGMENTS},
     "bye": {},
@@ -140,6 +144,7 @@ REPLIES = {
     "commit_pages": {"codes": PAGES},
     "release_pages": {},
     "ended": {},
+    "keep": {"kept": U32},
     "prefetch": {"blocks": U32},
     "detached": {},
     "bye": {},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tierd.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX
 from tierd_engine.connectors.options import check_options
 from tierd_engine.connectors.vllm.api import init_logger
 
@@ -50,10 +52,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Wishes:
-    """`kv_transfer_params["tierd"]` of one request: whether to look its prefix up, and whether to store its blocks."""
+    """`kv_transfer_params["tierd"]` of one request: whether to look its prefix up, whether to store its blocks, and for how
+    long they are not to be evicted (`ttl_seconds`, 0: no longer than others; `priority` against others that are kept).
+    """
 
     load: bool = True
     store: bool = True
+    ttl_seconds: float = 0.0
+    priority: int = 0
 
     @classmethod
     def read(cls, params: Any) -> Wishes:
@@ -64,7 +70,20 @@ class Wishes:
         if not isinstance(given, dict):
             log.warning_once("kv_transfer_params[%r] must be a map, not %s: ignored", PARAMS_KEY, type(given).__name__)
             return cls()
-        known = {name: value for name, value in given.items() if name in ("load", "store") and type(value) is bool}
+        known = {name: value for name, value in given.items() if name in _MAY_BE and _MAY_BE[name](value)}
         if len(known) < len(given):
-            log.warning_once("kv_transfer_params[%r]: only load and store, true or false, mean something", PARAMS_KEY)
+            what = "load and store, true or false, ttl_seconds up to a week and priority from 0 to 100"
+            log.warning_once("kv_transfer_params[%r]: only %s mean something", PARAMS_KEY, what)
         return cls(**known)
+
+
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
+_MAY_BE: dict[str, Callable[[Any], bool]] = {
+    "load": _is_bool,
+    "store": _is_bool,
+    "ttl_seconds": lambda value: type(value) in (int, float) and 0.001 <= value <= KEEP_SECONDS_MAX,
+    "priority": lambda value: type(value) is int and 0 <= value <= KEEP_PRIORITY_MAX,
+}

@@ -55,6 +55,16 @@ class Saving:
 
 
 @dataclass
+class Keeping:
+    """A request that has ended, whose first `stored` blocks are to be kept once its saves, so many, have ended."""
+
+    request: Any
+    wishes: Wishes
+    stored: int
+    saves: int
+
+
+@dataclass
 class SchedulerSide:
     """Used by the scheduler's thread only. `pages` is vLLM's pool of blocks, bound after construction."""
 
@@ -72,6 +82,7 @@ class SchedulerSide:
     """What some workers have said, and others not yet."""
     _saving: dict[int, Saving] = field(default_factory=dict)
     _saving_pages: int = 0
+    _keeping: dict[str, Keeping] = field(default_factory=dict)
     _work: Work = field(default_factory=Work)
     _numbers: int = 0
     _failures: int = 0
@@ -139,6 +150,9 @@ class SchedulerSide:
             self._let_go(tracked)
             if self.saves:
                 self._save(tracked, full, lambda: pages)
+        if tracked.wishes.ttl_seconds:
+            saves = sum(saving.request_id == request.request_id for saving in self._saving.values())
+            self._keep(Keeping(request, tracked.wishes, tracked.stored, saves))
 
     @property
     def busy(self) -> bool:
@@ -165,6 +179,10 @@ class SchedulerSide:
             saving = self._saving.pop(number)
             self._saving_pages -= len(saving.pages)
             self.pages.free_blocks(reversed(saving.pages))
+            if keeping := self._keeping.pop(saving.request_id, None):
+                keeping.stored = min(keeping.stored, saving.first + kept)
+                keeping.saves -= 1
+                self._keep(keeping)
             owner = self._requests.get(saving.request_id)
             if owner is not None and kept < len(saving.pages):
                 owner.stored = min(owner.stored, saving.first + kept)
@@ -180,6 +198,7 @@ class SchedulerSide:
         """Raise AssertionError if anything is held although all requests have ended."""
         assert not self._requests, f"requests {list(self._requests)} are still known"
         assert not self._loading and not self._saving and not self._saving_pages, "runs have not ended"
+        assert not self._keeping, "what is to be kept waits for saves that have ended"
 
     def _track(self, request: Any) -> Tracked:
         tracked = self._requests.get(request.request_id)
@@ -220,6 +239,14 @@ class SchedulerSide:
         self._saving_pages += len(pages)
         tracked.stored = full_now
         self._work.saves.append(run)
+
+    def _keep(self, keeping: Keeping) -> None:
+        """Have what a request has in tierd kept, or do so when the last of its saves has ended."""
+        if keeping.saves:
+            self._keeping[keeping.request.request_id] = keeping
+        elif keeping.stored:
+            last = bytes(keeping.request.block_hashes[keeping.stored - 1])
+            self.shards.keep(last, keeping.wishes.ttl_seconds, keeping.wishes.priority)
 
     def _run(self, request: Any, first: int, last: int, pages: Sequence[int]) -> Run:
         self._numbers += 1

@@ -46,6 +46,11 @@ class Shards:
             hashes = hashes[: parts[-1].blocks * HASH_BYTES]
         return Found(parts)
 
+    def keep(self, block: bytes, seconds: float, priority: int) -> None:
+        """Ask that a chain is kept, every worker's part of it."""
+        for client in self.clients:
+            client.keep(block, seconds, priority)
+
     def close(self) -> None:
         """End the sessions."""
         for client in self.clients:
