@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ PINS_MAX = 256
 SAVE_SECONDS = 1.0
 KEPT_SAVE_SECONDS = 10.0
 """Requests may keep something all the time: that alone is not noted more often."""
+PATIENCE_SECONDS, WANTED_MAX = 10.0, 256
 Noted = dict[str, dict[str, Term]]
 """Pins by namespace and by the hash of their chain's last block, all in hex."""
 
@@ -43,12 +45,38 @@ class Pinboard:
         self._saving = asyncio.Lock()
         self._saved: Noted = {}
         self._saved_at = 0.0
+        self._wanted: list[tuple[Space, bytes, Term, float]] = []
+        """Chains to keep once they have copies beneath the paged tiers, or at a time (monotonic seconds) all the same."""
 
     def pin(self, space: Space, block: bytes, term: Term = FOREVER) -> int:
         """Pin the chain that ends in a block; returns its blocks. Raises Gone and Busy, as Pins.pin."""
         space.cache.pins.lapse(clock.unix_milliseconds())
         segments_max = [self._segments_max(space, tier) for tier in range(len(space.arenas))]
         return space.cache.pins.pin(block, segments_max, PINS_MAX, term)
+
+    def keep(self, space: Space, block: bytes, term: Term) -> int:
+        """Pin a chain for a term, within PATIENCE_SECONDS: the copies of a paged tier's blocks are still under way when a
+        request ends, and it is these that a pin should hold. Returns and raises as `pin`.
+        """
+        pins = space.cache.pins
+        if block in pins.chains or pins.is_below(block):
+            return self.pin(space, block, term)
+        if len(self._wanted) == WANTED_MAX:
+            raise Busy(f"keep: {WANTED_MAX} chains wait for their copies, the maximum")
+        self._wanted.append((space, block, term, clock.monotonic_seconds() + PATIENCE_SECONDS))
+        return pins.blocks_of(block)
+
+    def _keep_wanted(self) -> None:
+        """Pin what has its copies now, or has waited for long enough."""
+        wanted, self._wanted = self._wanted, []
+        for space, block, term, until in wanted:
+            with suppress(Busy, Gone):
+                if self._keeper.spaces.get(space.namespace.id) is not space:
+                    continue
+                if space.cache.pins.is_below(block) or clock.monotonic_seconds() >= until:
+                    self.pin(space, block, term)
+                else:
+                    self._wanted.append((space, block, term, until))
 
     def _segments_max(self, space: Space, tier: int) -> int:
         """In how many segments of a tier the pins of a space may be."""
@@ -89,6 +117,7 @@ class Pinboard:
         """Until cancelled: end pins whose term is over, and note what clients pin and what a purge has unpinned."""
         while True:
             await asyncio.sleep(SAVE_SECONDS)
+            self._keep_wanted()
             for space in self._spaces():
                 space.cache.pins.lapse(clock.unix_milliseconds())
             if (

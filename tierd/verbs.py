@@ -14,7 +14,7 @@ from typing import Any
 from tierd import clock
 from tierd.block import HASH_BYTES
 from tierd.config import Limits
-from tierd.core.pins import FOREVER, Term
+from tierd.core.pins import Term
 from tierd.core.plan import Hint, Wait
 from tierd.errors import Busy, Gone, Invalid
 from tierd.keeper import Keeper
@@ -154,13 +154,16 @@ class Verbs:
 
     def keep(self, session: Attached, arguments: Request) -> Reply:
         """Pin the chain of a request for a time, unless there is no room for it beside others."""
-        until = clock.unix_milliseconds() + arguments["ttl_ms"]
-        return {"kept": self._pin(session.space, arguments["block"], Term(arguments["priority"], until))}
+        term = Term(arguments["priority"], clock.unix_milliseconds() + arguments["ttl_ms"])
+        try:
+            return {"kept": self._pinboard.keep(session.space, arguments["block"], term)}
+        except (Busy, Gone):
+            return {"kept": 0}
 
-    def _pin(self, space: Space, block: bytes, term: Term = FOREVER) -> int:
+    def _pin(self, space: Space, block: bytes) -> int:
         """How many blocks are pinned: none where pins may hold no more, or where the chain has a gap."""
         try:
-            return self._pinboard.pin(space, block, term)
+            return self._pinboard.pin(space, block)
         except (Busy, Gone):
             return 0
 

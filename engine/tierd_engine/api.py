@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierd.errors import Invalid
-from tierd_engine.request import Sampling, check_conversation
+from tierd_engine.request import Hints, Sampling
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat answer may fill the context."""
@@ -35,6 +35,7 @@ IGNORED = {"user", "metadata", "prompt_cache_key", "safety_identifier", "service
 COMMON = {
     "conversation": str,
     "ignore_eos": bool,
+    "keep": dict,
     "max_tokens": int,
     "model": str,
     "n": int,
@@ -47,6 +48,7 @@ COMMON = {
     "top_p": (int, float),
 }
 COMPLETION = COMMON | {"prompt": (str, list)}
+KEEP = {"ttl_seconds": (int, float), "priority": int}
 CHAT = COMMON | {"messages": list, "max_completion_tokens": int}
 
 
@@ -59,7 +61,7 @@ class Asked:
     sampling: Sampling
     stream: bool
     include_usage: bool
-    conversation: str | None
+    hints: Hints
 
 
 class NoModel(Invalid):
@@ -124,9 +126,17 @@ def asked_of(body: Any, chat: bool, models: set[str]) -> tuple[Asked, int | None
     if most is not None and most < 1:
         raise Invalid(f"max_tokens: {most} must be at least 1")
     content = messages_of(given["messages"]) if chat else given["prompt"]
-    usage, conversation = bool(options.get("include_usage")), given.get("conversation")
-    check_conversation(conversation)
-    return Asked(given["model"], content, sampling, given.get("stream", False), usage, conversation), most
+    hints = hints_of(given.get("conversation"), given.get("keep", {}))
+    return Asked(given["model"], content, sampling, given.get("stream", False), bool(options.get("include_usage")), hints), most
+
+
+def hints_of(conversation: str | None, keep: Mapping[str, Any]) -> Hints:
+    """What tierd is to be told; raises Invalid for what cannot be."""
+    if unknown := keep.keys() - KEEP.keys():
+        raise Invalid(f"keep: unknown parameter {min(unknown)!r}; known are {', '.join(KEEP)}")
+    for name, value in keep.items():
+        check_type(f"keep.{name}", value, KEEP[name])
+    return Hints(conversation, **keep)
 
 
 def messages_of(messages: list[Any]) -> list[dict[str, Any]]:

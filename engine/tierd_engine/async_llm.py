@@ -15,7 +15,7 @@ from threading import Event, Thread
 from tierd.errors import Closed
 from tierd_engine.engine import Engine
 from tierd_engine.llm import LLM
-from tierd_engine.request import Sampling
+from tierd_engine.request import NO_HINTS, Hints, Sampling
 from tierd_engine.sequence import Sequence
 
 IDLE_SECONDS = 0.5
@@ -59,7 +59,7 @@ class AsyncLLM:
         self._thread.start()
 
     async def stream(
-        self, prompts: list[list[int]], sampling: Sampling, conversation: str | None = None
+        self, prompts: list[list[int]], sampling: Sampling, hints: Hints = NO_HINTS
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of all answers as they come, sample `s` of prompt `p` as number `p * n + s`; closing it early aborts them.
 
@@ -71,7 +71,7 @@ class AsyncLLM:
         def add() -> None:
             try:
                 for tokens in prompts:
-                    added.extend(self._engine.add(tokens, sampling, self.llm.tokenizer, conversation))
+                    added.extend(self._engine.add(tokens, sampling, self.llm.tokenizer, hints))
                 self._streams.update((sequence.key, (queue, index)) for index, sequence in enumerate(added))
             except Exception as error:
                 self._loop.call_soon_threadsafe(queue.put_nowait, error)

@@ -20,6 +20,7 @@ from tierd.clock import monotonic_seconds
 from tierd.layout import Layout
 from tierd_engine.load import HOLE, Load, Speeds, Target, pieces
 from tierd_engine.memory import NAMED, Commit, Lookup, PrivateMemory, Reservation
+from tierd_engine.request import Hints
 
 if TYPE_CHECKING:
     from tierd.client import Client
@@ -99,10 +100,10 @@ class CopyingMemory(PrivateMemory):
             self._store()
         super().release(pages)
 
-    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+    def ended(self, block: bytes, turn: str, hints: Hints) -> None:
         """Tell the daemon, behind what is stored before."""
         self._store()
-        self._submit(self._storer, lambda _: None, self.client.ended, block, turn, conversation)
+        self._submit(self._storer, lambda _: None, hints.tell, self.client, block, turn)
 
     def poll(self) -> None:
         """Take what the workers did, and start the loads for which there are pages now."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tierd.clock import monotonic_seconds
 from tierd.errors import Invalid
 from tierd_engine.memory import Memory
-from tierd_engine.request import Limits, Sampling, check_conversation
+from tierd_engine.request import NO_HINTS, Hints, Limits, Sampling
 from tierd_engine.runner import Runner
 from tierd_engine.scheduler import Scheduler
 from tierd_engine.sequence import Sequence
@@ -64,15 +64,12 @@ class Engine:
         if self._positions and total > self._positions:
             raise Invalid(f"request: {total} tokens, but the model knows {self._positions} positions; shorten the prompt")
 
-    def add(
-        self, tokens: Tokens[int], sampling: Sampling, tokenizer: Any = None, conversation: str | None = None
-    ) -> list[Sequence]:
+    def add(self, tokens: Tokens[int], sampling: Sampling, tokenizer: Any = None, hints: Hints = NO_HINTS) -> list[Sequence]:
         """Queue a request: one sequence a sample, which share their prompt. With a tokenizer they have `text`.
 
         Raises Invalid for what can never be served, Busy when the queue is full.
         """
         self.check_request(tokens, sampling)
-        check_conversation(conversation)
         sequences = []
         try:
             for sample in range(sampling.n):
@@ -83,7 +80,7 @@ class Engine:
                     number=self._added,
                     sample=sample,
                     text=Text(tokenizer, sampling.stop) if tokenizer else None,
-                    conversation=conversation,
+                    hints=hints,
                 )
                 sequence.seconds["arrived"] = monotonic_seconds()
                 self.scheduler.add(sequence)

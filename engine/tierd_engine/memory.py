@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tierd.block import split
 from tierd.layout import Layout
 from tierd_engine.pages import Blocks, PagePool
+from tierd_engine.request import Hints
 
 NAMED, NAMELESS = -1, -2
 
@@ -84,8 +85,8 @@ class Memory(Protocol):
 
     def commit(self, pages: List[int], parents: bytes, hashes: bytes) -> Commit: ...
     def release(self, pages: List[int]) -> None: ...
-    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
-        """Why a turn ended, whose last full block this is (ROOT: it has none), and whose it was."""
+    def ended(self, block: bytes, turn: str, hints: Hints) -> None:
+        """Why a turn ended, whose last full block this is (ROOT: it has none), and what else was said of it."""
 
     def poll(self) -> None:
         """Take what has been answered; never blocks."""
@@ -135,7 +136,7 @@ class PrivateMemory:
         """End the caller's hold; a block that nobody holds is forgotten."""
         self.blocks.release(pages)
 
-    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+    def ended(self, block: bytes, turn: str, hints: Hints) -> None:
         """Nobody learns from it here."""
 
     def poll(self) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from tierd.block import ROOT
+from tierd.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX
 from tierd.errors import Invalid
 
 SAMPLES_MAX = 128
 STOP_STRINGS_MAX = 16
 CONVERSATION_MAX = 128
+TTL_SECONDS_MIN = 0.001
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,32 @@ class Sampling:
             raise Invalid(f"sampling: stop must be at most {STOP_STRINGS_MAX} strings, none of them empty")
 
 
-def check_conversation(conversation: str | None) -> None:
-    """Raise Invalid when a conversation's name cannot be told to tierd."""
-    if conversation is not None and not 1 <= len(conversation) <= CONVERSATION_MAX:
-        raise Invalid(f"conversation: {len(conversation)} characters; 1 to {CONVERSATION_MAX} are possible")
+@dataclass(frozen=True)
+class Hints:
+    """What tierd is told of a request when it ends: which `conversation` it was a turn of, and that its chain is to be kept for
+    `ttl_seconds` (0: no longer than others), of what is kept at which `priority`. Raises Invalid for what cannot be told.
+    """
+
+    conversation: str | None = None
+    ttl_seconds: float = 0.0
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.conversation is not None and not 1 <= len(self.conversation) <= CONVERSATION_MAX:
+            raise Invalid(f"conversation: {len(self.conversation)} characters; 1 to {CONVERSATION_MAX} are possible")
+        if self.ttl_seconds and not TTL_SECONDS_MIN <= self.ttl_seconds <= KEEP_SECONDS_MAX:
+            raise Invalid(f"keep: ttl_seconds {self.ttl_seconds} must be from {TTL_SECONDS_MIN} to {KEEP_SECONDS_MAX:.0f}")
+        if not 0 <= self.priority <= KEEP_PRIORITY_MAX:
+            raise Invalid(f"keep: priority {self.priority} must be from 0 to {KEEP_PRIORITY_MAX}")
+
+    def tell(self, client: Any, block: bytes, turn: str) -> None:
+        """Tell a `Client` or `PageClient` of the end of the turn whose last full block this is (ROOT: it has none)."""
+        client.ended(block, turn, self.conversation)
+        if self.ttl_seconds and block != ROOT:
+            client.keep(block, self.ttl_seconds, self.priority)
+
+
+NO_HINTS = Hints()
 
 
 @dataclass(frozen=True)

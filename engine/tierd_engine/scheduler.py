@@ -19,7 +19,7 @@ from operator import attrgetter
 from tierd.block import HASH_BYTES
 from tierd.errors import Busy
 from tierd_engine.memory import NAMELESS, Commit, Lookup, Memory, Reservation
-from tierd_engine.request import Limits
+from tierd_engine.request import Hints, Limits
 from tierd_engine.sequence import BlockTable, Sequence
 
 PLANS_MIN = 3
@@ -68,7 +68,7 @@ class Scheduler:
         self._denied = False
         """The last reservation brought nothing, and nothing has been given up for it since."""
         self._commits: list[tuple[Commit, list[tuple[Sequence, BlockTable, int, int]]]] = []
-        self._leaving: list[tuple[BlockTable, tuple[bytes, str, str | None] | None]] = []
+        self._leaving: list[tuple[BlockTable, tuple[bytes, str, Hints] | None]] = []
         self._flights: dict[bytes, Sequence] = {}
         self._saving = False
         """The oldest sequence that could run finds too few pages: what is spare is kept for it."""
@@ -373,7 +373,7 @@ class Scheduler:
             sequence.lookup.release()
             sequence.lookup = None
         if sequence.table is not None:
-            ended = (sequence.name(sequence.table.named - 1), turn, sequence.conversation) if turn else None
+            ended = (sequence.name(sequence.table.named - 1), turn, sequence.hints) if turn else None
             self._leaving.append((sequence.table, ended))
             sequence.table = None
             self._crowded = False

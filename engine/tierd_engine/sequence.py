@@ -6,7 +6,7 @@ from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING
 
 from tierd.block import HASH_BYTES, ROOT, chain
-from tierd_engine.request import Sampling
+from tierd_engine.request import NO_HINTS, Hints, Sampling
 from tierd_engine.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Sequence:
         number: int = 0,
         sample: int = 0,
         text: Text | None = None,
-        conversation: str | None = None,
+        hints: Hints = NO_HINTS,
     ) -> None:
         self.tokens = list(tokens)
         self.prompt_tokens = len(self.tokens)
@@ -55,7 +55,7 @@ class Sequence:
         self.number = number
         self.sample = sample
         self.text = text
-        self.conversation = conversation
+        self.hints = hints
         self.reason = ""
         """Why it ended: stop, length or abort; empty until then."""
         self.computed = 0

@@ -23,7 +23,7 @@ from tierd_engine.api import Asked, NoModel, asked_of
 from tierd_engine.async_llm import AsyncLLM, Piece
 from tierd_engine.llm import LLM
 from tierd_engine.metrics import Metrics
-from tierd_engine.request import Sampling
+from tierd_engine.request import Hints, Sampling
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ class Server:
         for tokens in prompts:
             self._llm.engine.check_request(tokens, sampling)
         answer = Answer(asked, chat, len(prompts) * sampling.n, sum(map(len, prompts)))
-        pieces = self._pieces(prompts, sampling, asked.conversation, began)
+        pieces = self._pieces(prompts, sampling, asked.hints, began)
         if not asked.stream:
             return JSONResponse(await unless_gone(request, answer.whole(pieces)))
         first = await unless_gone(request, anext(pieces))  # what is refused now has a status of its own
@@ -112,11 +112,11 @@ class Server:
         return [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     async def _pieces(
-        self, prompts: list[list[int]], sampling: Sampling, conversation: str | None, began: float
+        self, prompts: list[list[int]], sampling: Sampling, hints: Hints, began: float
     ) -> AsyncGenerator[Piece, None]:
         """What the engine answers, observed."""
         seen: set[int] = set()
-        async with aclosing(self._engine.stream(prompts, sampling, conversation)) as pieces:
+        async with aclosing(self._engine.stream(prompts, sampling, hints)) as pieces:
             async for piece in pieces:
                 if piece.index not in seen:
                     self._metrics.first_token_seconds.observe(piece.first_token_seconds)

@@ -23,6 +23,7 @@ from tierd.layout import Layout
 from tierd_engine.load import Speeds
 from tierd_engine.memory import NAMED, NAMELESS, Commit, Lookup, Reservation
 from tierd_engine.pages import Accounts, Blocks, dtype_of, page_shape
+from tierd_engine.request import Hints
 
 SLOTS_MAX = 1 << 16
 """Slots that the engine has addresses for; what the gpu tier has beyond is not used."""
@@ -74,9 +75,9 @@ class TierMemory:
         if slots := [page for page in self.blocks.release(pages) if page not in self.pool.own]:
             self.client.release(slots)
 
-    def ended(self, block: bytes, turn: str, conversation: str | None) -> None:
+    def ended(self, block: bytes, turn: str, hints: Hints) -> None:
         """Tell the daemon."""
-        self.client.ended(block, turn, conversation)
+        hints.tell(self.client, block, turn)
 
     def poll(self) -> None:
         """Take what has arrived; joins the daemon again when it is back."""

@@ -101,6 +101,7 @@ class DictionaryCache:
         self.blocks: dict[tuple[str, bytes], np.ndarray] = {}
         self.offered: set[tuple[str, bytes]] = set()
         self.turns: list[tuple[bytes, str, str | None]] = []
+        self.kept: list[tuple[bytes, float, int]] = []
         self.connections = 0
 
     def connect(self, *, model: str, layout: Layout) -> DictionaryClient:
@@ -131,6 +132,9 @@ class DictionaryClient:
     def ended(self, block: bytes, turn: str, conversation: str | None = None) -> None:
         assert len(block) == 32 and turn
         self.cache.turns.append((block, turn, conversation))
+
+    def keep(self, block: bytes, seconds: float, priority: int = 0) -> None:
+        self.cache.kept.append((block, seconds, priority))
 
     def close(self) -> None:
         self.cache.connections -= 1

@@ -19,7 +19,7 @@ from tierd.block import chain
 from tierd_engine.copying import CopyingMemory
 from tierd_engine.engine import Engine
 from tierd_engine.memory import PrivateMemory
-from tierd_engine.request import Limits, Sampling
+from tierd_engine.request import Hints, Limits, Sampling
 
 NEW = 12
 
@@ -273,11 +273,11 @@ def test_a_short_prompt_overtakes_the_rest_of_a_long_one(twins: Twins) -> None:
 
 
 def test_the_end_of_a_turn_is_told_to_memory(twins: Twins) -> None:
-    """The last full block, the reason and the conversation; the block is there already."""
+    """The last full block, the reason, the conversation and for how long to keep it; the block is there already."""
     cache = DictionaryCache()
     engine = twins.engine(CopyingMemory(twins.layout, 20, cache.connect(model="m", layout=twins.layout)))
-    engine.add(prompt(20), Sampling(max_tokens=4), conversation="c1")
-    aborted = engine.add(prompt(20, seed=2), Sampling(max_tokens=4), conversation="c2")
+    engine.add(prompt(20), Sampling(max_tokens=4), hints=Hints("c1", ttl_seconds=60, priority=3))
+    aborted = engine.add(prompt(20, seed=2), Sampling(max_tokens=4), hints=Hints("c2"))
     while not aborted[0].new_tokens:
         engine.step()
     engine.abort(aborted)
@@ -287,6 +287,7 @@ def test_the_end_of_a_turn_is_told_to_memory(twins: Twins) -> None:
     first, second = (chain(prompt(16, seed=seed), 16) for seed in (1, 2))
     assert set(cache.turns) == {(second, "abort", "c2"), (first, "stop", None), (first, "length", "c1")}
     assert len(cache.turns) == 3
+    assert cache.kept == [(first, 60, 3)]
     assert {name for _, name in cache.blocks} == {first, second}
 
 
@@ -314,7 +315,7 @@ def test_a_turn_that_ends_with_a_tool_call_says_so(twins: Twins) -> None:
     told = []
     for said in ("Let me see. <tool_call>{}</tool_call>", "No."):
         engine = Engine(twins.model, PrivateMemory(twins.layout, 20), Limits(), frozenset(range(128)))
-        engine.memory.ended = lambda block, turn, conversation: told.append(turn)
+        engine.memory.ended = lambda block, turn, hints: told.append(turn)
         [sequence] = engine.add(prompt(20), Sampling(), tokenizer=SimpleNamespace(decode=lambda *_, **__: ""))
         sequence.text.whole = said
         run(engine)

@@ -22,6 +22,7 @@ from openai import NotFoundError, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engine.greedy import Greedy
+from tierd.cli.admin import ask
 from tierd_engine.demo.processes import Daemon
 from tierd_engine.llm import LLM
 
@@ -209,6 +210,9 @@ def test_a_client_that_goes_away_aborts_its_request(served: SimpleNamespace) -> 
         ({"model": "tiny", "prompt": "x", "n": True}, 400, "n", "not of type int"),
         ({"model": "tiny", "prompt": "x", "max_tokens": 0}, 400, "max_tokens", "at least 1"),
         ({"model": "tiny", "prompt": "x", "conversation": "c" * 129}, 400, "conversation", "1 to 128 are possible"),
+        ({"model": "tiny", "prompt": "x", "keep": {"ttl_seconds": 1e9}}, 400, "keep", "from 0.001 to 604800"),
+        ({"model": "tiny", "prompt": "x", "keep": {"ttl_seconds": 1, "priority": 101}}, 400, "keep", "from 0 to 100"),
+        ({"model": "tiny", "prompt": "x", "keep": {"ttl": 1}}, 400, "keep", "unknown parameter 'ttl'"),
         ({"model": "tiny", "prompt": "x", "stop": [""]}, 400, "sampling", "none of them empty"),
         ({"model": "tiny", "prompt": "x", "logprobs": 5}, 400, "logprobs", "not supported"),
         ({"model": "tiny", "prompt": ""}, 400, "request", "0 prompt"),
@@ -248,6 +252,15 @@ def test_models_and_unknown_paths(served: SimpleNamespace) -> None:
     with pytest.raises(NotFoundError):
         served.client.embeddings.create(model="tiny", input="x")
     assert post(served.url, {}, "/health")[0] == 405
+
+
+def test_a_request_has_its_chain_kept(served: SimpleNamespace) -> None:
+    """The daemon lists it among what is pinned, with its priority and its end."""
+    keep = {"ttl_seconds": 60, "priority": 9}
+    served.client.completions.create(model="tiny", prompt="Keep this. " * 8, max_tokens=4, extra_body={"keep": keep})
+    admin = served.daemon.socket.parent / "admin.sock"
+    (space,) = ask(admin, "status", 20)["namespaces"]
+    wait_until(lambda: any(pin.get("priority") == 9 for pin in ask(admin, "pin", 20, namespace=space["id"])["pins"]), 20)
 
 
 def test_no_request_fails_when_the_daemon_is_killed(served: SimpleNamespace) -> None:

@@ -97,6 +97,16 @@ class Pins:
         self._note_segments()
         return blocks
 
+    def blocks_of(self, block: bytes) -> int:
+        """How many blocks the chain has that ends in a block; raises Gone when one of them is in no tier."""
+        return int(self._slots(block).shape[1])
+
+    def is_below(self, block: bytes) -> bool:
+        """Whether every block of a chain has a copy beneath the paged tiers, so that a pin takes no page from an engine. Raises
+        Gone when one is in no tier.
+        """
+        return bool((self._slots(block)[self._ladder.paged :].max(0, initial=-1) >= 0).all())
+
     def lapse(self, now: int) -> int:
         """End the pins whose term is over at `now` (Unix milliseconds); returns how many."""
         over = [block for block, term in self.terms.items() if term.until <= now]
