@@ -26,7 +26,8 @@ from tierd.wire.messages import PRIORITY_MAX
 
 log = get_logger("pinboard")
 FILE = "pins.json"
-FILE_BYTES_MAX = 16 << 20
+FILE_BYTES_MAX = 1 << 30
+"""More than all pins of as many namespaces as there can be."""
 PINS_MAX = 256
 """Of one namespace: eviction looks at each of them when all that is warmer has gone."""
 SAVE_SECONDS = 1.0
