@@ -20,7 +20,7 @@ demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -
 test: $(STAMP)  ## every test that needs no GPU
 	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus and not package"
 
-test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
+test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn, else skipped
 	$(RUN) pytest -n 0 -m systemd tests/ops
 
 test-vllm: $(VLLM)/installed $(MODEL)/fetched  ## the connector with vLLM itself, on the CPU, in an environment of its own

@@ -16,7 +16,7 @@ from tests.ops.machine import DISK, Machine, Unit, until
 from tests.results import Results
 from tierd.tiers.host import HostSegment
 
-pytestmark = pytest.mark.systemd
+pytestmark = [pytest.mark.systemd, pytest.mark.timeout(120, func_only=True)]
 SEGMENT = HostSegment.geometry(LAYOUT, 64 << 20, "auto")
 """Of the cpu tier with its default size."""
 LOST = ("damaged", "stale", "orphans")
@@ -122,11 +122,13 @@ def test_accounts_are_the_same_to_the_byte_after_a_kill(unit: Unit, load: MakeLo
     assert engine.check() == {"asked": 12 * CHAIN_BLOCKS, "lost": 0, "wrong": 0}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300, func_only=True)
 def test_ten_gigabytes_of_memory_are_served_again_within_five_seconds(unit: Unit, load: MakeLoad, results: Results) -> None:
     """A cpu tier of 10 GiB, or of a quarter less than what this machine has free, full of blocks: killed, and ready again."""
     available = int(re.findall(r"MemAvailable:\s+(\d+)", unit.machine.run("cat", "/proc/meminfo").stdout)[0]) << 10
     size = min(10 * GIB, available * 3 // 4) >> 30
+    if not size:
+        pytest.skip(f"of this machine's memory {available / GIB:.1f} GiB are available, too few to show anything")
     unit.configure(f'[cpu]\nbytes = "{size}GiB"\n[nvme]\nbytes = 0')
     unit.systemctl("start")
     chains = (size * GIB) * 95 // 100 // CHAIN_BYTES
