@@ -21,6 +21,7 @@ import pytest
 
 from tests.daemon.conftest import Start
 from tests.daemon.harness import LAYOUT, SEGMENT_BYTES, SLOTS, Daemon, hashes_of
+from tests.results import Results
 from tierd import __version__
 from tierd.clock import monotonic_seconds
 
@@ -329,7 +330,7 @@ def test_every_event_is_documented(daemon: Daemon) -> None:
     assert events == set(re.findall(r"^\| `(\w+)` \| [^|`]+ \|$", DOCUMENT.read_text(), flags=re.MULTILINE))
 
 
-def test_promtool_finds_nothing_to_complain_about(daemon: Daemon) -> None:
+def test_promtool_finds_nothing_to_complain_about(daemon: Daemon, results: Results) -> None:
     """Prometheus' own linter passes over everything that is exported after some work."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
@@ -337,6 +338,8 @@ def test_promtool_finds_nothing_to_complain_about(daemon: Daemon) -> None:
     text = daemon.get("/metrics")[1]
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    results.quote("curl -s http://127.0.0.1:9475/metrics | promtool check metrics", done.stdout + done.stderr)
+    results.note("check metrics", lines=len(text.splitlines()))
 
 
 def test_status_shows_a_person_what_matters(daemon: Daemon) -> None:

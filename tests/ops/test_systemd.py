@@ -240,6 +240,16 @@ def test_a_store_that_is_too_small_for_the_configuration_is_refused_at_start(uni
     assert unit.show("ExecMainStatus") == ["2"]
 
 
+def test_systemctl_status_says_how_the_service_is(unit: Unit, load: MakeLoad, machine: Machine, results: Results) -> None:
+    """That it runs and serves, by whom it can be started, and its last lines: an engine has come."""
+    unit.systemctl("start")
+    assert load(chains=4).fill() == 4 * CHAIN_BLOCKS
+    said = unit.systemctl("status").stdout
+    assert "Active: active (running)" in said and 'Status: "serving"' in said and "service: session client=load" in said
+    results.quote("systemctl --version", machine.run("systemctl", "--version").stdout)
+    results.quote("systemctl status tierd", said)
+
+
 def test_only_members_of_the_group_can_connect(unit: Unit, machine: Machine) -> None:
     """The data socket is tierd's with mode 0660, the admin socket its alone, and nobody else's state can be read."""
     unit.systemctl("start")
@@ -253,3 +263,4 @@ def test_the_installed_unit_is_as_closed_as_the_shipped_one(machine: Machine, re
     machine.run("systemd-analyze", "verify", *(f"/etc/systemd/system/{name}" for name in ("tierd.service", "tierd.socket")))
     scored = machine.run("systemd-analyze", "security", "--offline=true", "--threshold=16", "tierd.service").stdout
     results.note("exposure", score=float(re.findall(r"level for tierd.service: ([\d.]+)", scored)[0]))
+    results.quote("systemd-analyze security --offline=true --threshold=16 tierd.service", scored)
