@@ -183,6 +183,21 @@ def test_a_configuration_that_changed_means_a_cold_start_that_says_why(unit: Uni
     assert engine.pause()["failures"] == []
 
 
+def test_tierd_drain_ends_the_service_well_and_an_engine_that_comes_starts_a_warm_one(unit: Unit, load: MakeLoad) -> None:
+    """What it says is written is on NVMe: the life that the socket starts for the next call finds all of it."""
+    unit.configure(f'[nvme]\nbytes = "2GiB"\npath = "{DISK}/nvme"')
+    unit.machine.run(str(unit.machine.tierd), "install-service")
+    unit.systemctl("start")
+    engine = load(chains=4, deadline_seconds=10.0)
+    assert engine.fill() == 4 * CHAIN_BLOCKS
+    pid = unit.pid()
+    drained = json.loads(unit.machine.run(str(unit.machine.tierd), "drain", "--json").stdout)
+    assert (drained["pid"], drained["given_up"]) == (pid, 0)
+    assert "tierd.service: Deactivated successfully." in unit.machine.journal()
+    assert engine.check() == {"asked": 4 * CHAIN_BLOCKS, "lost": 0, "wrong": 0}
+    assert unit.pid() not in (0, pid) and unit.show("NRestarts") == ["0"]
+
+
 def test_stop_drains_and_the_next_start_finds_nvme_warm(unit: Unit, load: MakeLoad, results: Results) -> None:
     """After stop and start memory is cold, and all that was committed comes back from disk, outside of /var/lib/tierd."""
     machine = unit.machine
