@@ -24,6 +24,7 @@ from tests.daemon.harness import LAYOUT, SEGMENT_BYTES, SLOTS, Daemon, hashes_of
 from tests.results import Results
 from tierd import __version__
 from tierd.clock import monotonic_seconds
+from tierd.series import SERIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
 
@@ -236,6 +237,9 @@ def test_namespaces_are_told_apart_only_where_that_is_wanted(start: Start) -> No
     for tier in ("cpu", "miss"):
         mine, everybodys = (total(samples, f"tierd_{name}lookup_blocks_total", tier=tier) for name in ("namespace_", ""))
         assert mine == everybodys > 0
+    assert total(samples, "tierd_namespace_sessions") == total(samples, "tierd_sessions") == 2
+    assert total(samples, "tierd_namespace_info") == total(samples, "tierd_namespaces") == 2
+    assert total(samples, "tierd_namespace_saved_prefill_tokens_total") <= total(samples, "tierd_saved_prefill_tokens_total")
     assert total(start(name="without").metrics(), "tierd_namespace_sessions") == 0
 
 
@@ -314,6 +318,7 @@ def test_the_document_lists_exactly_what_is_exported(start: Start) -> None:
     exported = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, flags=re.MULTILINE))
     rows = re.findall(r"^\| `(tierd_\w+)` \| (\w+) \| ([^|]+) \|([^|]*)\| ([^|]+) \|", DOCUMENT.read_text(), flags=re.MULTILINE)
     assert {name: kind for name, kind, *_ in rows} == exported
+    assert [series.name for series in SERIES if not series.holds.endswith(".")] == [], "they do not say what always holds"
     labels = {name: set(re.findall(r"`(\w+)`", column)) for name, _, _, column, _ in rows}
     for sample in daemon.metrics():
         name, _, braces = sample.partition("{")
