@@ -12,7 +12,7 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-package test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures promises site wheel deb oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-package test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures promises seen site wheel deb oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -20,7 +20,7 @@ demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -
 test: $(STAMP)  ## every test that needs no GPU
 	$(RUN) pytest -n 2 --dist loadfile -m "not systemd and not prometheus and not package"
 
-test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn
+test-systemd: $(STAMP)  ## the shipped units under a real systemd, booted in a container; needs root, mmdebstrap and systemd-nspawn, else skipped
 	$(RUN) pytest -n 0 -m systemd tests/ops
 
 test-vllm: $(VLLM)/installed $(MODEL)/fetched  ## the connector with vLLM itself, on the CPU, in an environment of its own
@@ -62,6 +62,10 @@ manual: $(STAMP)  ## docs/cli.md and the man pages, from the commands' own parse
 pictures: $(STAMP)  ## pictures in the docs: dashboards, from a real Prometheus that scrapes a busy daemon for 90 s; tierd top; the status page
 	$(RUN) tests.ops.pictures
 	$(RUN) tests.ops.screens
+
+seen: $(STAMP)  ## docs/seen.md: what systemctl, systemd-analyze, promtool and the linter say; needs what test-systemd needs, and promtool
+	$(RUN) pytest -n 0 -m "not prometheus and not package" tests/ops tests/daemon/test_metrics.py --results benchmarks/results/seen.json
+	$(RUN) pages
 
 promises: $(STAMP)  ## docs/promises.md: every fault that the tests know, and the service under a real systemd; needs what test-systemd needs
 	$(RUN) pytest -n 0 -m "not prometheus and not package" tests/faults tests/ops --results benchmarks/results/promises.json

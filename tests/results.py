@@ -1,4 +1,4 @@
-"""What a run of the tests has shown, as a file: `pytest --results FILE`. docs/promises.md is made from one."""
+"""What a run of the tests has shown, as a file: `pytest --results FILE`. Pages of the docs are made from such files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from typing import Any
 
 import pytest
 
+CHECKOUT = Path(__file__).parents[1]
+
 
 class Results:
-    """Passed tests by file, failed ones by name, and the figures that tests have noted."""
+    """Passed tests by file, failed ones by name, the figures that tests have noted, and what commands have said to them."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
         self.figures: dict[str, dict[str, float]] = {}
+        self.said: dict[str, list[str]] = {}
         self.passed: Counter[str] = Counter()
         self.failed: list[str] = []
 
     def note(self, name: str, **figures: float) -> None:
         """Remember what a test has measured."""
         self.figures[name] = figures
+
+    def quote(self, command: str, said: str) -> None:
+        """Remember what a command has said, line by line, but not where this checkout lies, and on which machine."""
+        named = said.replace(str(CHECKOUT), "CHECKOUT").replace(f" {platform.node()} ", " HOST ")
+        self.said[command] = [line.rstrip() for line in named.strip("\n").splitlines()]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count each test once."""
@@ -36,7 +44,12 @@ class Results:
     def pytest_sessionfinish(self) -> None:
         """Write it all."""
         if self.file:
-            found = {"passed": dict(sorted(self.passed.items())), "failed": self.failed, "figures": self.figures}
+            found = {
+                "passed": dict(sorted(self.passed.items())),
+                "failed": self.failed,
+                "figures": self.figures,
+                "said": self.said,
+            }
             self.file.write_text(json.dumps({"date": date.today().isoformat(), "machine": machine(), **found}, indent=1) + "\n")
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from tierd import audit, clock
-from tierd.audit import Answering
 from tierd.config import Config
 from tierd.errors import Gone, Invalid, TierdError
 from tierd.keeper import Keeper
@@ -22,7 +21,7 @@ from tierd.space import Space
 from tierd.status import Status
 from tierd.tiers.state import folder_of
 from tierd.tiers.tier import Tier
-from tierd.wire.messages import Request
+from tierd.wire.messages import Answer, Answering, Request
 
 CLOSE_SECONDS_MAX = 30.0
 RECORD_SECONDS = 1.0
@@ -42,7 +41,7 @@ class Admin:
         quotas: Quotas,
         pinboard: Pinboard,
         drain: Callable[[], None],
-        reload: Callable[[], Awaitable[dict[str, Any]]],
+        reload: Answering,
     ) -> None:
         self._config, self._keeper, self._recorder, self._status = config, keeper, recorder, status
         self._scrub, self._quotas, self._pinboard, self._drain, self._reload = scrub, quotas, pinboard, drain, reload
@@ -62,7 +61,7 @@ class Admin:
         """A recording ends with the connection that asked for it."""
         self._recorder.end(connection)
 
-    def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+    def request(self, connection: Connection, request: Request) -> Answer:
         """Answer a checked request; the audit log has it when it has ended."""
         try:
             answer = self._answer(connection, request)
@@ -70,7 +69,7 @@ class Admin:
             audit.asked(connection.peer, request, error.code, reason=str(error))
             raise
         if not isinstance(answer, dict):
-            return audit.followed(connection.peer, request, answer)
+            return partial(audit.followed, connection.peer, request, answer)
         audit.asked(connection.peer, request, "done")
         return answer
 

@@ -6,17 +6,14 @@ nobody waited for the answer any more, or "denied". What only reads is logged at
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tierd.errors import TierdError
 from tierd.log import get_logger
-from tierd.wire.messages import Request, only_reads
+from tierd.wire.messages import Answering, Reply, Request, only_reads
 from tierd.wire.peer import Peer
 
 log = get_logger("audit")
-Answering = Callable[[], Awaitable[dict[str, Any]]]
-"""What begins to answer a request when it is called: one that is refused before has begun nothing."""
 
 
 def asked(peer: Peer, request: Request, outcome: str, **found: Any) -> None:
@@ -26,7 +23,7 @@ def asked(peer: Peer, request: Request, outcome: str, **found: Any) -> None:
     write("admin", verb=request.verb, uid=peer.uid, pid=peer.pid, outcome=outcome, **fields)
 
 
-async def followed(peer: Peer, request: Request, answering: Answering) -> dict[str, Any]:
+async def followed(peer: Peer, request: Request, answering: Answering) -> Reply:
     """The answer to an operator's request that takes a while, noted when it is there."""
     outcome, reason = "late", {}
     try:

@@ -165,6 +165,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         reloading: set[asyncio.Task[None]] = set()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup, reloader, reloading)
         serving.set()
+        await asyncio.to_thread(systemd.status, "serving")
         await asyncio.to_thread(systemd.ready)
         seconds = clock.monotonic_seconds() - started
         logger.info(

@@ -23,7 +23,7 @@ class Series(NamedTuple):
     unit: str
     labels: tuple[str, ...]
     text: str
-    holds: str = ""
+    holds: str
 
     @property
     def exported(self) -> str:
@@ -97,6 +97,7 @@ EVICTED_BLOCKS = Series(
     "blocks",
     ("tier", "kind"),
     "Blocks that left a tier to make room: clean where another tier has them, drop where none has.",
+    "A block that was dropped is a miss until it is stored again.",
 )
 IDLE = Series(
     "tierd_eviction_idle_seconds",
@@ -140,6 +141,7 @@ FAILED_BLOCKS = Series(
     "blocks",
     ("outcome", "reason"),
     "Blocks whose transfer failed; io_error: the medium refused, mismatch: it returned other bytes.",
+    "They are not in `tierd_transfer_bytes_total`; those with outcome mismatch are in `tierd_checksum_failures_total`.",
 )
 SCRUBBED_BLOCKS = Series(
     "tierd_scrubbed_blocks",
@@ -172,6 +174,7 @@ TURNS = Series(
     "turns",
     ("turn",),
     "Turns that engines said have ended, by why: tool_use, end_turn, stop, length, abort.",
+    "Turns of engines that do not say so are not in it.",
 )
 EVENTS = Series(
     "tierd_events",
@@ -223,7 +226,12 @@ CUFILE_OPERATIONS = Series(
     "memory, so gds is not what it seems.",
 )
 IN_FLIGHT = Series(
-    "tierd_transfers_in_flight", GAUGE, "transfers", ("reason",), "Transfers that were started and have not ended."
+    "tierd_transfers_in_flight",
+    GAUGE,
+    "transfers",
+    ("reason",),
+    "Transfers that were started and have not ended.",
+    "0 when nothing moves. Where it stays up and `tierd_transfer_bytes_total` does not grow, a medium hangs.",
 )
 PARTS_QUEUED = Series(
     "tierd_transfer_parts_queued",
@@ -256,6 +264,7 @@ LIMIT_BYTES = Series(
     "bytes",
     ("tier",),
     "Bytes that the tier may have: `gpu.bytes`, `cpu.bytes`, `nvme.bytes`. Of several devices each is a tier: gpu0, gpu1.",
+    "Constant until the next start; `tierd_tier_used_bytes` is never over it.",
 )
 REFUSED = Series(
     "tierd_tier_growth_refused",
@@ -285,7 +294,12 @@ NVME_FAILURES = Series(
     "One that never happened has no sample.",
 )
 HANDOVERS = Series(
-    "tierd_segment_handovers", COUNTER, "segments", (), "Segments that were taken from one namespace and made anew for another."
+    "tierd_segment_handovers",
+    COUNTER,
+    "segments",
+    (),
+    "Segments that were taken from one namespace and made anew for another.",
+    "Blocks that left with them are in `tierd_evicted_blocks_total`, but not in `tierd_eviction_idle_seconds`.",
 )
 NOT_KEPT = Series(
     "tierd_descriptors_not_kept",
@@ -304,19 +318,46 @@ RECOVERED_ROWS = Series(
     "Constant after the start.",
 )
 
-NAMESPACES = Series("tierd_namespaces", GAUGE, "namespaces", (), "Namespaces being served.")
-SESSIONS = Series(
-    "tierd_sessions", GAUGE, "sessions", (), "Sessions: attached processes, and those of an earlier life that may resume."
+NAMESPACES = Series(
+    "tierd_namespaces",
+    GAUGE,
+    "namespaces",
+    (),
+    "Namespaces being served.",
+    "No client begins one that would make them more than `limits.namespaces_max`.",
 )
-SESSIONS_OPENED = Series("tierd_sessions_opened", COUNTER, "sessions", (), "Sessions opened.")
-LEASES = Series("tierd_leases", GAUGE, "leases", ("kind",), "Leases held by sessions, for reading or writing.")
+SESSIONS = Series(
+    "tierd_sessions",
+    GAUGE,
+    "sessions",
+    (),
+    "Sessions: attached processes, and those of an earlier life that may resume.",
+    "At most 64 in each namespace; a session ends with its process.",
+)
+SESSIONS_OPENED = Series(
+    "tierd_sessions_opened",
+    COUNTER,
+    "sessions",
+    (),
+    "Sessions opened.",
+    "At least `tierd_sessions`, without those of an earlier life; a session that is resumed is not opened again.",
+)
+LEASES = Series(
+    "tierd_leases",
+    GAUGE,
+    "leases",
+    ("kind",),
+    "Leases held by sessions, for reading or writing.",
+    "0 where `tierd_sessions` is 0. A session that holds `limits.leases_per_session_max` of them is refused another.",
+)
 REQUESTS = Series(
     "tierd_request_duration_seconds",
     HISTOGRAM,
     "seconds",
     ("verb",),
     "Time from a request's last byte to its answer, waiting included, by verb.",
-    "Its count is the number of requests that were understood.",
+    "Its count is the number of requests that were understood, without those that were refused because too many of their "
+    "connection waited.",
 )
 REQUEST_ERRORS = Series(
     "tierd_request_errors",
@@ -324,7 +365,7 @@ REQUEST_ERRORS = Series(
     "requests",
     ("verb", "error"),
     "Requests that were understood and answered with an error (invalid, busy, gone, closed), or not by their deadline (late).",
-    "One that never happened has no sample.",
+    "One that never happened has no sample. Requests refused because too many of their connection waited are not in it.",
 )
 
 NAMESPACE = Series(
@@ -333,6 +374,7 @@ NAMESPACE = Series(
     "1",
     ("namespace", "domain", "model"),
     "A namespace being served: the beginning of its id, its trust domain and its model.",
+    "As many samples as `tierd_namespaces` says, where `metrics.per_namespace` is on; none where it is off.",
 )
 NAMESPACE_LOOKUPS = Series(
     "tierd_namespace_lookup_blocks",
@@ -348,6 +390,7 @@ NAMESPACE_TOKENS = Series(
     "tokens",
     ("namespace",),
     "Tokens of the blocks that a namespace's lookups leased.",
+    "Summed over namespaces at most `tierd_saved_prefill_tokens_total`, which goes on counting those that are forgotten.",
 )
 NAMESPACE_BYTES = Series(
     "tierd_namespace_used_bytes",
@@ -365,9 +408,16 @@ NAMESPACE_QUOTA = Series(
     "What a namespace is promised (min) and the most that it may have (max) of a tier, where it has a quota.",
     "`tierd_namespace_used_bytes` is over `max` only while what was over a new one is being given up.",
 )
-NAMESPACE_SESSIONS = Series("tierd_namespace_sessions", GAUGE, "sessions", ("namespace",), "Sessions of a namespace.")
+NAMESPACE_SESSIONS = Series(
+    "tierd_namespace_sessions",
+    GAUGE,
+    "sessions",
+    ("namespace",),
+    "Sessions of a namespace.",
+    "Summed over namespaces it is `tierd_sessions`.",
+)
 
-BUILD = Series("tierd_build", INFO, "1", ("version",), "Version of the daemon.")
+BUILD = Series("tierd_build", INFO, "1", ("version",), "Version of the daemon.", "One sample, constant.")
 IO = Series(
     "tierd_io",
     INFO,
@@ -376,6 +426,7 @@ IO = Series(
     "How NVMe is reached: the io engine (kvikio, posix, none), the path that bytes take (direct, buffered, none) and "
     "the best way "
     "from a GPU (gds, bounce, none).",
+    "One sample.",
 )
 START_TIME = Series(
     "tierd_start_time_seconds", GAUGE, "Unix seconds", (), "When the daemon began to serve.", "All counters begin at 0 with it."
@@ -388,7 +439,9 @@ LOOP_LAG = Series(
     "How much later than it asked for a callback of the event loop runs, four times a second.",
     "Every request waits as long. Where it is long, the loop's thread has too much to do or gets no processor.",
 )
-SCRAPES = Series("tierd_scrapes", COUNTER, "scrapes", (), "Scrapes that were answered before this one.")
+SCRAPES = Series(
+    "tierd_scrapes", COUNTER, "scrapes", (), "Scrapes that were answered before this one.", "By the port or by the Unix socket."
+)
 SCRAPE_SECONDS = Series(
     "tierd_scrape_cpu_seconds",
     COUNTER,

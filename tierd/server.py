@@ -1,8 +1,8 @@
 """The daemon's end of the sockets: accepts peers, cuts frames, asks the handler, sends replies and descriptors.
 
-One callback per wake-up reads what is there and answers every complete frame at once; only a handler that returns an
-awaitable costs a task. Rule of this file: a peer can end its own connection by what it sends or does not read, and can
-do nothing to the others.
+One callback per wake-up reads what is there and answers every complete frame at once; only an answer that has to be
+waited for costs a task. Rule of this file: a peer can end its own connection by what it sends or does not read, and can do
+nothing to the others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,7 @@ from tierd.linger import Linger
 from tierd.listening import BACKLOG, listen, taken_over
 from tierd.log import get_logger
 from tierd.wire.framing import FrameReader, after, decode, frame
-from tierd.wire.messages import ADMIN, DATA, OPENING, Request, check, failure, request_id
+from tierd.wire.messages import ADMIN, DATA, OPENING, Answer, Answering, Reply, Request, check, failure, request_id
 from tierd.wire.peer import Peer, peer_of
 
 SOCKET_BUFFER_BYTES = 1 << 20
@@ -52,19 +52,16 @@ class Limits(Protocol):
     def wait_seconds_max(self) -> float: ...
 
 
-Result = dict[str, Any] | None
-
-
 class Handler(Protocol):
     """What answers requests. All methods are called on the event loop and must not block it."""
 
     def connected(self, connection: Connection) -> None:
         """A peer is there; raise a TierdError to refuse it (then `disconnected` is not called)."""
 
-    def request(self, connection: Connection, request: Request) -> Result | Awaitable[Result]:
-        """Answer a checked request: the reply's fields (None: none) or an awaitable of them; a TierdError refuses it.
+    def request(self, connection: Connection, request: Request) -> Answer:
+        """Answer a checked request: the reply's fields (None: none) or what begins to find them; a TierdError refuses it.
 
-        An awaitable is cancelled when its deadline passes or its connection ends: shield what must not be.
+        What was begun is cancelled when its deadline passes or its connection ends: shield what must not be.
         """
 
     def disconnected(self, connection: Connection) -> None:
@@ -337,14 +334,12 @@ class Connection:
             number = request_id(message)
             request = check(message, self._server.verbs)
             self._check_opening(request.verb)
-            result = self._server.handler.request(self, request)
-            if result is None or isinstance(result, dict):
-                self._reply(request, result)
+            answer = self._server.handler.request(self, request)
+            if answer is None or isinstance(answer, dict):
+                self._reply(request, answer)
             elif len(self.tasks) < REQUESTS_WAITING_MAX:
-                self._start(request, result)
+                self._start(request, answer)
             else:
-                if asyncio.iscoroutine(result):
-                    result.close()
                 raise Busy(f"{len(self.tasks)} requests of this connection wait, the maximum: wait for some of them")
         except Exception as error:
             self._fail(number, error)
@@ -359,19 +354,17 @@ class Connection:
         elif verb in OPENING:
             raise Invalid(f"{verb}: this connection was opened by {self._hello!r} before; open another one")
 
-    def _start(self, request: Request, result: Awaitable[Result]) -> None:
-        task = self._loop.create_task(self._answer(request, result))
+    def _start(self, request: Request, answering: Answering) -> None:
+        task = self._loop.create_task(self._answer(request, answering))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-        if asyncio.iscoroutine(result):  # a task that is cancelled before its first step has not awaited it
-            task.add_done_callback(lambda _: result.close())
 
-    async def _answer(self, request: Request, result: Awaitable[Result]) -> None:
+    async def _answer(self, request: Request, answering: Answering) -> None:
         longest = self._server.limits.wait_seconds_max
         seconds = longest if request.deadline_seconds is None else min(request.deadline_seconds, longest)
         try:
             async with asyncio.timeout(seconds) as timeout:
-                fields = await result
+                fields = await answering()
             self._reply(request, fields)
         except TimeoutError as error:
             late = Busy(f"{request.verb}: no answer within {seconds:g} s; go on without") if timeout.expired() else error
@@ -379,7 +372,7 @@ class Connection:
         except Exception as error:
             self._fail(request.id, error)
 
-    def _reply(self, request: Request, fields: Result) -> None:
+    def _reply(self, request: Request, fields: Reply) -> None:
         if request.verb in OPENING and self._hello is None:
             self._hello = request.verb
             self._reader.frame_bytes_max = self._server.limits.frame_bytes_max

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from tierd.pinboard import Pinboard
 from tierd.recorder import Recorder
 from tierd.server import Connection
 from tierd.space import Attached, Slots, Space, give_segments
-from tierd.verbs import BY_NAME, Answer, Reply, Verbs
-from tierd.wire.messages import PROTOCOL_VERSION, WRITING, Request, unpack_held
+from tierd.verbs import BY_NAME, Verbs
+from tierd.wire.messages import PROTOCOL_VERSION, WRITING, Answer, Answering, Reply, Request, unpack_held
 from tierd.wire.peer import has_ended
 
 log = get_logger("service")
@@ -92,13 +93,13 @@ class Service:
             self._metrics.errors[verb, error.code] += 1
             raise
         if answer is not None and not isinstance(answer, dict):
-            return self._timed(verb, started, answer)
+            return partial(self._timed, verb, started, answer)
         self._seconds[verb].observe(clock.monotonic_seconds() - started)
         return answer
 
-    async def _timed(self, verb: str, started: float, answer: Awaitable[Reply]) -> Reply:
+    async def _timed(self, verb: str, started: float, answering: Answering) -> Reply:
         try:
-            return await answer
+            return await answering()
         except TierdError as error:
             self._metrics.errors[verb, error.code] += 1
             raise
@@ -128,7 +129,7 @@ class Service:
         self.watch(session)
         self._join(session, connection)
         log.info("session", client=session.name, pid=peer.pid, namespace=namespace.id, session=session.id)
-        return self._welcome_kept(session) if systemd.can_store() else self._welcome(session)
+        return partial(self._welcome_kept, session) if systemd.can_store() else self._welcome(session)
 
     async def _welcome_kept(self, session: Attached) -> Reply:
         """Welcome a session once the service manager has its process: the next life must know whose the slots are."""

@@ -1,14 +1,15 @@
 """What the verbs about blocks do: from a checked message to its reply. Each method reads like the story of its verb.
 
-A verb that never waits answers at once; one that may wait (lookup, load, store, reserve) is a coroutine then, which the server
-gives a deadline.
+A verb that never waits answers at once; one that may wait (lookup, load, store, reserve) returns how it goes on then, which the
+server begins and gives a deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from tierd import clock
@@ -21,10 +22,7 @@ from tierd.keeper import Keeper
 from tierd.pinboard import Pinboard
 from tierd.recorder import Recorder
 from tierd.space import Attached, Slots, Space, give_segments
-from tierd.wire.messages import TURN_ENDS, Request, pack_slots, unpack_slots
-
-Reply = dict[str, Any] | None
-Answer = Reply | Awaitable[Reply]
+from tierd.wire.messages import TURN_ENDS, Answer, Reply, Request, pack_slots, unpack_slots
 
 
 class Verbs:
@@ -38,7 +36,7 @@ class Verbs:
         self._check_lease_limit(session)
         hashes = self._hashes(arguments)
         if not session.arena.pool.slots and session.space.cache.index.blocks:
-            return self._lookup_later(session, hashes, arguments["parent"])
+            return partial(self._lookup_later, session, hashes, arguments["parent"])
         return self._find_prefix(session, hashes, arguments["parent"])
 
     async def _lookup_later(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
@@ -70,9 +68,11 @@ class Verbs:
         first, count = arguments["first"], arguments["count"]
         arena = session.arena
         if arena.pool.free < count and self._keeper.can_grow(arena):
-            return self._load_later(session, arguments["lease"], first, count, None)
+            return partial(self._load_later, session, arguments["lease"], first, count, None)
         answer = self._try_load(session, arguments["lease"], first, count)
-        return answer if isinstance(answer, dict) else self._load_later(session, arguments["lease"], first, count, answer)
+        if isinstance(answer, dict):
+            return answer
+        return partial(self._load_later, session, arguments["lease"], first, count, answer)
 
     async def _load_later(self, session: Attached, lease: int, first: int, count: int, wait: Wait | None) -> Reply:
         """Grow rather than evict, then wait for the transfers that bring the blocks."""
@@ -135,7 +135,7 @@ class Verbs:
             self._check_attached(session)
             return answer()
 
-        return later()
+        return later
 
     def _place(self, session: Attached, hashes: bytes, parent: bytes) -> Reply:
         placed = session.space.cache.store(session.id, hashes, parent, clock.unix_milliseconds())

@@ -40,7 +40,8 @@ def make(short_path: Path) -> Iterator[Start]:
     for log in sorted({daemon.log_file for daemon in made}):
         text = log.read_text() if log.exists() else ""
         print(f"-- {log}\n{text}")  # pytest shows it when the test failed
-        assert "Traceback" not in text, f"the daemon's log has a traceback:\n{text}"
+        for bug in ("Traceback", "never awaited"):
+            assert bug not in text, f"the daemon's log has {bug!r}:\n{text}"
 
 
 @pytest.fixture

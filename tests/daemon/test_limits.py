@@ -17,6 +17,7 @@ from tests.daemon.conftest import Start
 from tests.daemon.harness import GREETING, SEGMENT_BYTES, SLOTS, Daemon, Wire, hashes_of
 from tierd.cli import USAGE
 from tierd.errors import Busy, Invalid
+from tierd.server import REQUESTS_WAITING_MAX
 from tierd.wire.framing import encode
 
 NOBODY = 65534
@@ -75,6 +76,19 @@ def test_greetings_that_nobody_waits_for_lock_nobody_out(daemon: Daemon) -> None
     daemon.wait_until(lambda status: daemon.log.count("session ended") >= 64 and status["sessions"] == 0)
     with daemon.peer() as patient:
         assert patient.store(hashes_of(1, 3)) == 3
+
+
+def test_a_request_too_many_on_a_connection_is_busy_and_those_that_wait_go_on(daemon: Daemon) -> None:
+    """Stores wait for memory that another client maps: one more is refused at once; they are answered when it has gone."""
+    holder = daemon.peer(model="holder")
+    for seed in range(1, 5):
+        holder.store(hashes_of(seed, SLOTS))
+    with daemon.peer(model="other") as other:
+        numbers = [other.request("store", hashes=hashes_of(5, 1)) for _ in range(REQUESTS_WAITING_MAX + 1)]
+        with pytest.raises(Busy, match="256 requests of this connection wait"):
+            other.reply(numbers[-1])
+        holder.end()
+        assert len(other.reply(numbers[0])["slots"]) == 4
 
 
 class Limited(Daemon):

@@ -21,8 +21,10 @@ import pytest
 
 from tests.daemon.conftest import Start
 from tests.daemon.harness import LAYOUT, SEGMENT_BYTES, SLOTS, Daemon, hashes_of
+from tests.results import Results
 from tierd import __version__
 from tierd.clock import monotonic_seconds
+from tierd.series import SERIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
 
@@ -235,6 +237,9 @@ def test_namespaces_are_told_apart_only_where_that_is_wanted(start: Start) -> No
     for tier in ("cpu", "miss"):
         mine, everybodys = (total(samples, f"tierd_{name}lookup_blocks_total", tier=tier) for name in ("namespace_", ""))
         assert mine == everybodys > 0
+    assert total(samples, "tierd_namespace_sessions") == total(samples, "tierd_sessions") == 2
+    assert total(samples, "tierd_namespace_info") == total(samples, "tierd_namespaces") == 2
+    assert total(samples, "tierd_namespace_saved_prefill_tokens_total") <= total(samples, "tierd_saved_prefill_tokens_total")
     assert total(start(name="without").metrics(), "tierd_namespace_sessions") == 0
 
 
@@ -313,6 +318,7 @@ def test_the_document_lists_exactly_what_is_exported(start: Start) -> None:
     exported = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, flags=re.MULTILINE))
     rows = re.findall(r"^\| `(tierd_\w+)` \| (\w+) \| ([^|]+) \|([^|]*)\| ([^|]+) \|", DOCUMENT.read_text(), flags=re.MULTILINE)
     assert {name: kind for name, kind, *_ in rows} == exported
+    assert [series.name for series in SERIES if not series.holds.endswith(".")] == [], "they do not say what always holds"
     labels = {name: set(re.findall(r"`(\w+)`", column)) for name, _, _, column, _ in rows}
     for sample in daemon.metrics():
         name, _, braces = sample.partition("{")
@@ -329,7 +335,7 @@ def test_every_event_is_documented(daemon: Daemon) -> None:
     assert events == set(re.findall(r"^\| `(\w+)` \| [^|`]+ \|$", DOCUMENT.read_text(), flags=re.MULTILINE))
 
 
-def test_promtool_finds_nothing_to_complain_about(daemon: Daemon) -> None:
+def test_promtool_finds_nothing_to_complain_about(daemon: Daemon, results: Results) -> None:
     """Prometheus' own linter passes over everything that is exported after some work."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
@@ -337,6 +343,8 @@ def test_promtool_finds_nothing_to_complain_about(daemon: Daemon) -> None:
     text = daemon.get("/metrics")[1]
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    results.quote("curl -s http://127.0.0.1:9475/metrics | promtool check metrics", done.stdout + done.stderr)
+    results.note("check metrics", lines=len(text.splitlines()))
 
 
 def test_status_shows_a_person_what_matters(daemon: Daemon) -> None:

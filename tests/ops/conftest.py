@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ops.machine import CHECKOUT, DISK, Impossible, Machine, Unit
+from tests.ops.machine import DISK, Machine, Unit, booted
 
 UNITS = ("tierd.service", "tierd.socket", "tierd-metrics.socket")
 MEMORY = '[cpu]\nbytes = "1GiB"\n[nvme]\nbytes = 0'
@@ -21,19 +18,9 @@ MEMORY = '[cpu]\nbytes = "1GiB"\n[nvme]\nbytes = 0'
 @pytest.fixture(scope="session")
 def machine() -> Iterator[Machine]:
     """Debian with systemd, in which `tierd install-service` was run."""
-    (CHECKOUT / ".build").mkdir(exist_ok=True)
-    disk = Path(tempfile.mkdtemp(prefix="disk-", dir=CHECKOUT / ".build"))
-    disk.chmod(0o755)
-    booted = Machine(disk)
-    try:
-        booted.boot()
-        booted.run(str(booted.tierd), "install-service")
-        yield booted
-    except Impossible as error:
-        pytest.skip(str(error))
-    finally:
-        booted.halt()
-        shutil.rmtree(disk, ignore_errors=True)
+    with booted() as up:
+        up.run(str(up.tierd), "install-service")
+        yield up
 
 
 @pytest.fixture

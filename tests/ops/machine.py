@@ -2,6 +2,8 @@
 
 The root is made once by mmdebstrap and kept in `.build/`; what a boot writes is on an overlay in memory and goes with it. The
 checkout and its interpreter are bound to where they are, read-only, so that `tierd install-service` finds the same environment.
+
+Where there can be no such machine, tests are skipped with the reason. What goes wrong once it has come up is a failure.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
+
+import pytest
 
 from tierd.clock import monotonic_seconds
 
@@ -29,6 +34,10 @@ COMMAND_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.05
 DISK = "/disk"
 """In the machine: a directory of the real disk, for an nvme tier."""
+SHARED = tuple(path for path in (CHECKOUT, Path(sys.base_prefix)) if path != Path("/usr"))
+"""An interpreter in /usr is the distribution's: the machine has one of its own there."""
+SANDBOX = ("User=nobody", "ProtectSystem=strict", "ProtectHome=tmpfs", "PrivateTmp=yes", "PrivateNetwork=yes")
+"""Of what the shipped unit asks for, what a systemd in a container may be unable to do."""
 T = TypeVar("T")
 
 
@@ -36,41 +45,87 @@ class Impossible(Exception):
     """There can be no such machine here, and why."""
 
 
-def made_root() -> Path:
-    """The root file system, made now if need be; raises Impossible."""
-    if os.getuid():
-        raise Impossible("only root can boot a container")
+@contextmanager
+def booted(shared: Sequence[Path] = SHARED, root: Path = ROOT) -> Iterator[Machine]:
+    """A machine while it is up, with a disk of its own; whoever wants it is skipped where there can be none."""
+    root.parent.mkdir(exist_ok=True)
+    disk = Path(tempfile.mkdtemp(prefix="disk-", dir=root.parent))
+    disk.chmod(0o755)
+    machine = Machine(disk, shared, root)
+    try:
+        try:
+            machine.boot()
+        except Impossible as error:
+            pytest.skip(f"a systemd cannot be booted here: {error}")
+        yield machine
+    finally:
+        machine.halt()
+        shutil.rmtree(disk, ignore_errors=True)
+
+
+def check_tools() -> None:
+    """Raises Impossible."""
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         raise Impossible(f"{', '.join(missing)} not found: apt-get install mmdebstrap systemd-container")
-    if not ROOT.exists():
-        fresh = ROOT.with_suffix(f".{os.getpid()}")
-        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(fresh)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MAKE_SECONDS_MAX)
-        if done.returncode:
-            raise Impossible(f"mmdebstrap cannot make a root: {done.stderr[-500:]}")
-        fresh.rename(ROOT)
-    return ROOT
+    if os.geteuid():
+        raise Impossible("only root can boot a container")
+
+
+def make(root: Path) -> None:
+    """Make the root file system, all of it or nothing; raises Impossible."""
+    fresh = root.with_suffix(f".{os.getpid()}")
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(fresh)]
+    with tempfile.TemporaryFile("w+") as log:
+        making = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        try:
+            ended = f"it ended with {making.wait(MAKE_SECONDS_MAX)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(making.pid, signal.SIGKILL)
+            ended = f"not within {MAKE_SECONDS_MAX:g} s"
+        if making.wait():
+            subprocess.run(["rm", "-rf", "--one-file-system", str(fresh)], check=False)
+            log.seek(0)
+            raise Impossible(f"mmdebstrap cannot make a root, {ended}: {log.read()[-500:].strip()}")
+    fresh.rename(root)
 
 
 class Machine:
-    """One boot. `disk` is bound to DISK, and what is `shared` to where it is, read-only."""
+    """One boot of `root`. `disk` is bound to DISK, and what is `shared` to where it is, read-only."""
 
-    def __init__(self, disk: Path, shared: Sequence[Path] = (CHECKOUT, Path(sys.base_prefix))) -> None:
-        self._disk = disk
-        self._shared = sorted({str(path) for path in shared})
+    def __init__(self, disk: Path, shared: Sequence[Path] = SHARED, root: Path = ROOT) -> None:
+        self.disk = disk
+        self._shared, self._root = shared, root
         self._console = disk / "console"
         self._container: subprocess.Popen[bytes] | None = None
         self.tierd = Path(sys.executable).with_name("tierd")
 
     def boot(self) -> None:
-        """Until systemd has started everything; raises Impossible where containers cannot be started."""
-        root = made_root()
-        binds = [*(f"--bind-ro={path}" for path in self._shared), f"--bind={self._disk}:{DISK}"]
+        """Until systemd has started everything; raises Impossible where that cannot be."""
+        check_tools()
+        if not self._root.exists():
+            make(self._root)
+        binds = [*(f"--bind-ro={path}" for path in self._shared), f"--bind={self.disk}:{DISK}"]
         options = ["--quiet", "--volatile=overlay", "--register=no", "--keep-unit", "--console=passive", "--private-network"]
         with self._console.open("wb") as console:
-            command = ["systemd-nspawn", *options, *binds, f"--directory={root}", "--boot"]
+            command = ["systemd-nspawn", *options, *binds, f"--directory={self._root}", "--boot"]
             self._container = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
-        until(lambda: self._up(), "the machine does not come up", BOOT_SECONDS_MAX)
+        try:
+            until(self._up, "the machine does not come up", BOOT_SECONDS_MAX)
+            self._check_services()
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            raise Impossible(f"{error}: {self._said()}") from None
+
+    def _check_services(self) -> None:
+        """A sandboxed service that is not ours can run there, with the interpreter that it will have; raises Impossible."""
+        what = [sys.executable, "-c", "import numpy"] if self._shared else ["true"]
+        options = ["--quiet", "--wait", "--collect", "--pipe", *(f"--property={setting}" for setting in SANDBOX)]
+        binds = [f"--property=BindReadOnlyPaths={path}" for path in self._shared]
+        done = self.run("systemd-run", *options, *binds, *what, check=False)
+        if done.returncode:
+            raise Impossible(f"a service of its own cannot run {what[0]}: {done.stdout}{done.stderr}".strip())
+
+    def _said(self) -> str:
+        return self._console.read_text(errors="replace")[-500:].strip()
 
     def halt(self) -> None:
         """Take it down, and everything in it."""
@@ -79,6 +134,8 @@ class Machine:
         if leader := self._leader():
             with suppress(ProcessLookupError):
                 os.kill(leader, signal.SIGKILL)  # the init of a PID namespace takes all others with it
+        else:
+            self._container.terminate()
         try:
             self._container.wait(HALT_SECONDS_MAX)
         except subprocess.TimeoutExpired:
@@ -116,7 +173,7 @@ class Machine:
     def _up(self) -> bool:
         assert self._container
         if (ended := self._container.poll()) is not None:
-            raise Impossible(f"systemd-nspawn ended with {ended}: {self._console.read_text(errors='replace')[-500:]}")
+            raise Impossible(f"systemd-nspawn ended with {ended}: {self._said()}")
         return bool(self._leader()) and self.run("systemctl", "is-system-running", check=False).stdout.strip() in (
             "running",
             "degraded",

@@ -17,6 +17,7 @@ from dashboards.lint import RULES, lint, panels, targets
 from dashboards.rule_tests import CASES, rule_tests
 from dashboards.rules import ALERTS, RECORDED, rules
 from tests.ops.prometheus import needs_promtool, promtool
+from tests.results import Results
 from tierd.series import SERIES
 
 RUNBOOK = ROOT / "dashboards/runbook.md"
@@ -42,11 +43,13 @@ def test_what_is_made_is_what_is_in_the_repository() -> None:
 
 
 @pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board["uid"])
-def test_the_linter_has_no_finding(board: dict[str, Any]) -> None:
+def test_the_linter_has_no_finding(board: dict[str, Any], results: Results) -> None:
     """All rules of Grafana's dashboard-linter hold, in the file that users import."""
     written = json.loads((ROOT / f"dashboards/grafana/{board['uid']}.json").read_text())
     assert written == board
-    assert lint(written) == []
+    found = lint(written)
+    results.note(f"lint {board['uid']}", **{rule: sum(finding.startswith(f"{rule}:") for finding in found) for rule in RULES})
+    assert found == []
 
 
 DAMAGE: dict[str, Any] = {
@@ -139,15 +142,20 @@ def test_provisioning_files_name_what_is_there() -> None:
 
 
 @needs_promtool
-def test_promtool_accepts_the_rules() -> None:
+def test_promtool_accepts_the_rules(results: Results) -> None:
     """Syntax and names of all rules."""
-    assert f"SUCCESS: {len(ALERTS) + len(RECORDED)} rules found" in "\n".join(promtool("check", "rules", "tierd-rules.yml"))
+    said = "\n".join(promtool("check", "rules", "tierd-rules.yml"))
+    assert f"SUCCESS: {len(ALERTS) + len(RECORDED)} rules found" in said
+    results.quote("promtool --version", "\n".join(promtool("--version")))
+    results.quote("promtool check rules tierd-rules.yml", said)
 
 
 @needs_promtool
-def test_every_alert_is_quiet_fires_and_resolves() -> None:
+def test_every_alert_is_quiet_fires_and_resolves(results: Results) -> None:
     """promtool's unit tests: not while all is well, with the right labels and text when it is not, not any more afterwards."""
-    assert "SUCCESS" in "\n".join(promtool("test", "rules", "tierd-rules-test.yml"))
+    said = "\n".join(promtool("test", "rules", "tierd-rules-test.yml"))
+    assert "SUCCESS" in said
+    results.quote("promtool test rules tierd-rules-test.yml", said)
 
 
 @needs_promtool

@@ -8,15 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.ops.machine import CHECKOUT, DISK, Impossible, Machine, until
+from tests.ops.machine import CHECKOUT, DISK, Machine, booted, until
 
-pytestmark = [pytest.mark.package, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.package, pytest.mark.timeout(300, func_only=True)]
 COMMANDS_MAX = 9
 FIRST_HIT = "found 64 of 64 blocks again, every byte right"
 
@@ -38,20 +37,11 @@ def built() -> Path:
 @pytest.fixture(scope="module")
 def empty(built: Path) -> Iterator[Machine]:
     """A booted Debian that shares nothing with this machine but a folder with the package, as it lies in a checkout."""
-    disk = Path(tempfile.mkdtemp(prefix="disk-", dir=built))
-    disk.chmod(0o755)
-    (disk / ".build").mkdir()
-    for package in built.glob("tierd_*.deb"):
-        shutil.copy(package, disk / ".build")
-    booted = Machine(disk, shared=())
-    try:
-        booted.boot()
-        yield booted
-    except Impossible as error:
-        pytest.skip(str(error))
-    finally:
-        booted.halt()
-        shutil.rmtree(disk, ignore_errors=True)
+    with booted(shared=()) as up:
+        (up.disk / ".build").mkdir()
+        for package in built.glob("tierd_*.deb"):
+            shutil.copy(package, up.disk / ".build")
+        yield up
 
 
 @pytest.mark.parametrize("kind", ["tierd-*.whl", "tierd-*.tar.gz"])

@@ -6,7 +6,7 @@ import pytest
 
 from tests.ops.machine import Machine
 
-pytestmark = pytest.mark.systemd
+pytestmark = [pytest.mark.systemd, pytest.mark.timeout(120, func_only=True)]
 HOME, RUNTIME = "/home/alice", "/run/user/1234"
 # Without logind nobody sets the manager's runtime directory, and homes of others hide the interpreter that we share.
 MANAGER = f"[Service]\nPAMName=\nEnvironment=XDG_RUNTIME_DIR={RUNTIME}\n"

@@ -92,7 +92,7 @@ class Memory:
             await delay
             return answer(connection, **request)
 
-        return late()
+        return late
 
     def hello(self, connection: Connection, **_: Any) -> dict[str, Any]:
         """Open a session."""

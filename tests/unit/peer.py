@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 from tests.unit.fake_daemon import Daemon
 from tierd.server import Connection
 from tierd.wire.framing import FrameReader, decode, encode
-from tierd.wire.messages import Request
+from tierd.wire.messages import Answer, Request
 
 HELLO = {"verb": "hello", "version": 1, "model": "m", "layout": {}, "fingerprint": bytes(16), "client": "test"}
 BYE, STATS = {"verb": "bye"}, {"verb": "stats"}
@@ -36,13 +35,13 @@ class Scripted:
         """Remember it."""
         self.ended.append(connection)
 
-    def request(self, connection: Connection, request: Request) -> dict[str, Any] | Awaitable[Any] | None:
+    def request(self, connection: Connection, request: Request) -> Answer:
         """Answer by the script."""
         answer = self.answers.get(request.verb)
         if isinstance(answer, Exception):
             raise answer
-        result: dict[str, Any] | None = answer(connection, request) if callable(answer) else answer
-        return result
+        said: Answer = answer(connection, request) if callable(answer) else answer
+        return said
 
 
 class Peer:

@@ -43,7 +43,7 @@ def test_every_command_is_documented_with_every_argument(name: str) -> None:
 
 def test_what_a_program_can_read_is_offered_by_every_command_that_says_something() -> None:
     """`--json`, wherever there is an answer; not where a process runs on, or a text for a shell is printed."""
-    without = {"serve", "hold", "top", "install-service", "completion", "version"}
+    without = {"serve", "hold", "top", "completion"}
     assert {name for name in COMMANDS if not any("--json" in one.option_strings for one in parser_of(name)._actions)} == without
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pages import configuration, promises
+from dashboards.lint import RULES as LINTED
+from pages import configuration, promises, seen
 from pages.made import ROOT, pages
 from pages.site import build
 from tierd.config import KEYS
 
-RESULTS = json.loads((ROOT / "benchmarks/results/promises.json").read_text())
+RESULTS, SEEN = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("promises", "seen"))
 
 
 def test_pages_that_are_made_are_those_in_the_repository() -> None:
@@ -47,6 +48,18 @@ def test_a_run_that_failed_or_was_not_whole_promises_nothing() -> None:
         promises.page({**RESULTS, "failed": ["tests/faults/test_torture.py::test_fifty"]})
     with pytest.raises(ValueError, match="nothing was noted of torture"):
         promises.page({**RESULTS, "figures": {name: noted for name, noted in RESULTS["figures"].items() if name != "torture"}})
+
+
+def test_what_tools_say_is_quoted_from_one_whole_run() -> None:
+    """Each line that is shown was said; a run in which a test failed, or in which there was no systemd, makes no page."""
+    text = seen.page(SEEN)
+    for command in seen.SAID[1:3]:
+        assert f"    $ {command}\n    {SEEN['said'][command][0]}\n" in text
+    assert text.count("| 0 | 0 | 0 |") == len(LINTED)
+    with pytest.raises(ValueError, match="test_systemd"):
+        seen.page({**SEEN, "failed": ["tests/ops/test_systemd.py::test_reload"]})
+    with pytest.raises(ValueError, match="nothing was noted of systemctl status tierd"):
+        seen.page({**SEEN, "said": {command: lines for command, lines in SEEN["said"].items() if "status" not in command}})
 
 
 def test_the_site_has_every_page_and_every_link_leads_somewhere(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from tests.unit.peer import BYE, HELLO, STATS, Peer, Scripted, wait_until
 from tierd.errors import Busy, Gone, Invalid
 from tierd.server import FRAMES_PER_TURN, REQUESTS_WAITING_MAX
 from tierd.wire.framing import LENGTH, encode
+from tierd.wire.messages import Answering
 
 
 def test_a_reply_carries_the_requests_id_and_the_handlers_fields(server: Daemon, handler: Scripted) -> None:
@@ -53,7 +54,7 @@ def test_a_bug_ends_one_connection_and_not_the_daemon(server: Daemon, handler: S
         assert other.ask(BYE)["ok"]
 
 
-def test_an_awaitable_answers_when_it_can_and_others_meanwhile(server: Daemon, handler: Scripted) -> None:
+def test_what_waits_answers_when_it_can_and_others_meanwhile(server: Daemon, handler: Scripted) -> None:
     """Replies may come in another order than requests."""
     done: list[asyncio.Event] = []
 
@@ -61,9 +62,9 @@ def test_an_awaitable_answers_when_it_can_and_others_meanwhile(server: Daemon, h
         await event.wait()
         return {"late": True}
 
-    def answer(*_: object) -> Awaitable[dict[str, Any]]:
+    def answer(*_: object) -> Answering:
         done.append(asyncio.Event())
-        return wait(done[-1])
+        return partial(wait, done[-1])
 
     handler.answers["stats"] = answer
     with Peer(server.path) as peer:
@@ -74,8 +75,8 @@ def test_an_awaitable_answers_when_it_can_and_others_meanwhile(server: Daemon, h
 
 
 def test_a_wait_ends_busy_at_the_requests_deadline(server: Daemon, handler: Scripted) -> None:
-    """`deadline_ms` bounds the wait; the handler's awaitable is cancelled."""
-    handler.answers["stats"] = lambda *_: asyncio.Event().wait()
+    """`deadline_ms` bounds the wait; what the handler began is cancelled."""
+    handler.answers["stats"] = lambda *_: asyncio.Event().wait
     with Peer(server.path) as peer:
         reply = peer.ask({**STATS, "deadline_ms": 20})
         assert reply["error"] == "busy" and "0.02 s" in reply["message"]
@@ -83,14 +84,21 @@ def test_a_wait_ends_busy_at_the_requests_deadline(server: Daemon, handler: Scri
 
 
 def test_only_so_many_requests_of_a_connection_wait(server: Daemon, handler: Scripted) -> None:
-    """One more is busy at once; closing cancels those that wait."""
-    handler.answers["stats"] = lambda *_: asyncio.Event().wait()
+    """One more is busy at once, and nothing of it was begun; closing cancels those that wait."""
+    begun: list[asyncio.Event] = []
+
+    async def wait() -> None:
+        begun.append(asyncio.Event())
+        await begun[-1].wait()
+
+    handler.answers["stats"] = lambda *_: wait
     with Peer(server.path) as peer:
         peer.socket.sendall(b"".join(encode({**STATS, "id": n}) for n in range(1, REQUESTS_WAITING_MAX + 2)))
         reply = peer.next()
         assert reply["id"] == REQUESTS_WAITING_MAX + 1 and reply["error"] == "busy"
     wait_until(server, lambda: handler.ended)
     wait_until(server, lambda: not handler.ended[0].tasks)
+    assert len(begun) <= REQUESTS_WAITING_MAX
 
 
 def test_many_requests_in_one_write_are_all_answered_in_order(server: Daemon) -> None:
@@ -226,7 +234,7 @@ def test_closing_ends_connections_and_waits_for_their_requests(tmp_path: Path) -
         finally:
             ended.append("request")
 
-    handler.answers["stats"] = lambda *_: wait()
+    handler.answers["stats"] = lambda *_: wait
     server = Daemon(tmp_path / "s", handler)
     with Peer(server.path) as peer:
         peer.socket.sendall(encode({**STATS, "id": 1}))

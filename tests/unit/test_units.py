@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -72,6 +73,23 @@ def test_installing_twice_and_removing_leaves_nothing(tmp_path: Path) -> None:
     assert made == {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(["install-service", "--remove", "--root", str(tmp_path)]) == 0
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_programs_are_told_what_was_done_with_each_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--json`: wrote, kept and removed, each file once and nothing else."""
+
+    def said(*more: str) -> dict[str, list[str]]:
+        assert main(["install-service", "--json", "--root", str(tmp_path), *more]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    wrote = said()["wrote"]
+    assert sorted(wrote) == sorted(str(path) for path in tmp_path.rglob("*") if path.is_file())
+    (tmp_path / "etc/tierd/tierd.toml").write_text("[cpu]\n")
+    (tmp_path / "etc/systemd/system/tierd.service").unlink()
+    again = said()
+    assert again["wrote"] == [str(tmp_path / "etc/systemd/system/tierd.service")] and len(again["kept"]) == len(wrote) - 1
+    gone = said("--remove")
+    assert gone["kept"] == [str(tmp_path / "etc/tierd/tierd.toml")] and len(gone["removed"]) == len(wrote) - 1
 
 
 def test_a_configuration_is_the_administrators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,13 @@ For the system (as root): service, sockets, the user tierd, and a commented /etc
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tierd.config import Config
 from tierd.errors import Busy, Invalid
@@ -21,11 +24,20 @@ STATE = {"server.runtime_dir": "/run/tierd", "server.state_dir": "/var/lib/tierd
 """Where the system's service lives."""
 
 
+class Step(NamedTuple):
+    """What has just been done with a file: "wrote", "kept" or "removed"."""
+
+    what: str
+    path: Path
+    note: str = ""
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """For whom, where, and which way."""
     parser.add_argument("--user", action="store_true", help="for your own service manager, without root")
     parser.add_argument("--remove", action="store_true", help="stop the service and remove what was written")
     parser.add_argument("--root", type=Path, metavar="DIR", help="write below DIR, and call no service manager")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the files wrote, kept and removed")
 
 
 def run(options: Namespace) -> int:
@@ -33,8 +45,26 @@ def run(options: Namespace) -> int:
     if not options.user and options.root is None and os.getuid():
         raise Invalid("the system's units are root's to write: use sudo, or --user for your own service manager")
     files = {place(path, options.root): text for path, text in wanted(options).items()}
-    (remove if options.remove else install)(files, options.user, options.root is None)
+    steps = (remove if options.remove else install)(files, options.user, options.root is None)
+    if options.json:
+        done: dict[str, list[str]] = {"wrote": [], "kept": [], "removed": []}
+        for step in steps:
+            done[step.what].append(str(step.path))
+        print(json.dumps(done))
+        return 0
+    for step in steps:
+        print(f"{step.what:8} {step.path}{step.note}")
+    if not options.remove:
+        print(advice(options.user))
     return 0
+
+
+def advice(user: bool) -> str:
+    """What comes next."""
+    start = f"\nstart it, now and at every boot: {' '.join(systemctl(user))} enable --now {' '.join(UNITS)}\n"
+    if user:
+        return start + "keep it when you log out:        loginctl enable-linger"
+    return start + "let the engines of a user in:    usermod -aG tierd USER"
 
 
 def wanted(options: Namespace) -> dict[Path, str]:
@@ -59,37 +89,31 @@ def place(path: Path, root: Path | None) -> Path:
     return root / path.relative_to("/") if root else path
 
 
-def install(files: dict[Path, str], user: bool, live: bool) -> None:
+def install(files: dict[Path, str], user: bool, live: bool) -> Iterator[Step]:
     for path, text in files.items():
         if path.suffix == ".toml" and path.exists():
-            print(f"kept     {path}")
+            yield Step("kept", path)
             continue
         same = path.exists() and path.read_text() == text
         write(path, text)
-        print(f"{'kept    ' if same else 'wrote   '} {path}")
+        yield Step("kept" if same else "wrote", path)
     if live:
         if not user:
             call("systemd-sysusers", "tierd.conf")
             call("systemd-tmpfiles", "--create", "tierd.conf")
         call(*systemctl(user), "daemon-reload")
-    print(f"\nstart it, now and at every boot: {' '.join(systemctl(user))} enable --now {' '.join(UNITS)}")
-    print(
-        "let the engines of a user in:    usermod -aG tierd USER"
-        if not user
-        else "keep it when you log out:        loginctl enable-linger"
-    )
 
 
-def remove(files: dict[Path, str], user: bool, live: bool) -> None:
+def remove(files: dict[Path, str], user: bool, live: bool) -> Iterator[Step]:
     """A configuration that somebody has changed stays, as do the user tierd and all state."""
     if live and (units := [path.name for path in present(files) if path.name in UNITS]):
         call(*systemctl(user), "disable", "--now", *units)
     for path in present(files):
         if path.suffix == ".toml" and path.read_text() != files[path]:
-            print(f"kept     {path}: it was changed")
+            yield Step("kept", path, ": it was changed")
             continue
         path.unlink()
-        print(f"removed  {path}")
+        yield Step("removed", path)
     if live:
         call(*systemctl(user), "daemon-reload")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from struct import Struct
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,6 +27,11 @@ SEGMENTS_PER_PUSH_MAX = 64
 SLOT_BYTES = 4
 U32_MAX, U64_MAX = (1 << 32) - 1, (1 << 64) - 1
 REQUIRED: Any = object()
+Reply = dict[str, Any] | None
+"""A reply's own fields, where it has any."""
+Answering = Callable[[], Awaitable[Reply]]
+"""What begins to answer a request when it is called: one that is refused before has begun nothing."""
+Answer = Reply | Answering
 
 
 class Argument(NamedTuple):
