@@ -172,10 +172,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
             "ready", version=__version__, socket=server.socket, io=way.engine, path=way.path, previous=previous, seconds=seconds
         )
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({stopped, background}, return_when=asyncio.FIRST_COMPLETED)
-        if background.done():
-            stopped.cancel()
-            background.result()  # a bug: crash, and let the next life recover
+        await asyncio.wait({stopped, background, pinning}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (background, pinning):
+            if task.done():
+                stopped.cancel()
+                task.result()  # a bug: crash, and let the next life recover
         seconds = reloader.config.limits.drain_seconds_max
         await asyncio.to_thread(systemd.stopping, seconds + CLOSE_SECONDS_MAX)
         logger.info("draining", unwritten=keeper.unwritten())
@@ -185,6 +186,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> int:
         with suppress(Busy):
             while keeper.unwritten():  # what was begun before may be committed meanwhile
                 await keeper.sync(deadline)
+        await pinboard.close()
     await history.end(config.server.state_dir, clock.unix_milliseconds())
     logger.info("stopped", unwritten=keeper.unwritten())
     return 0

@@ -376,15 +376,19 @@ class Keeper:
 
     def give_up_one(self) -> bool:
         """Begin to give up all of the namespace that has been without sessions longest, so that it can be forgotten; False
-        when every one has sessions, pins, or a promise.
+        when every one has sessions, pins without an end, or a promise.
         """
-        idle = [space for space in self.spaces.values() if not (space.sessions or space.cache.pins.chains or space.is_promised)]
+        idle = [
+            space for space in self.spaces.values() if not (space.sessions or space.cache.pins.has_endless or space.is_promised)
+        ]
         if not idle:
             return False
         owners = [space for space in idle if any(arena.segments for arena in space.arenas)]
         ends = len(owners) < len(idle) and any(self._given_up)  # one of them has only what a medium is removing
         if owners and not ends:
-            self.give_up(space := min(owners, key=lambda one: one.left_at), space.open_segments())
+            space = min(owners, key=lambda one: one.left_at)
+            space.cache.pins.clear()  # what requests wanted to be kept
+            self.give_up(space, space.open_segments())
         return True
 
     def fit(self, space: Space) -> None:

@@ -22,7 +22,7 @@ from tierd.keeper import Keeper
 from tierd.log import get_logger
 from tierd.notes import replace
 from tierd.space import Arena, Space
-from tierd.wire.messages import PRIORITY_MAX
+from tierd.wire.messages import KEEP_MS_MAX, PRIORITY_MAX
 
 log = get_logger("pinboard")
 FILE = "pins.json"
@@ -46,7 +46,7 @@ class Pinboard:
         self._saving = asyncio.Lock()
         self._saved: Noted = {}
         self._saved_at = 0.0
-        self._wanted: list[tuple[Space, bytes, Term, float]] = []
+        self._wanted: dict[tuple[Space, bytes], tuple[Term, float]] = {}
         """Chains to keep once they have copies beneath the paged tiers, or at a time (monotonic seconds) all the same."""
 
     def pin(self, space: Space, block: bytes, term: Term = FOREVER) -> int:
@@ -62,22 +62,23 @@ class Pinboard:
         pins = space.cache.pins
         if block in pins.chains or pins.is_below(block):
             return self.pin(space, block, term)
-        if len(self._wanted) == WANTED_MAX:
-            raise Busy(f"keep: {WANTED_MAX} chains wait for their copies, the maximum")
-        self._wanted.append((space, block, term, clock.monotonic_seconds() + PATIENCE_SECONDS))
+        earlier, until = self._wanted.get((space, block), (term, clock.monotonic_seconds() + PATIENCE_SECONDS))
+        if sum(owner is space for owner, _ in self._wanted) >= WANTED_MAX:
+            raise Busy(f"keep: {WANTED_MAX} chains of the namespace wait for their copies, the maximum")
+        self._wanted[space, block] = earlier.joined(term), until
         return pins.blocks_of(block)
 
     def _keep_wanted(self) -> None:
         """Pin what has its copies now, or has waited for long enough."""
-        wanted, self._wanted = self._wanted, []
-        for space, block, term, until in wanted:
+        wanted, self._wanted = self._wanted, {}
+        for (space, block), (term, until) in wanted.items():
+            if self._keeper.spaces.get(space.namespace.id) is not space or term.until <= clock.unix_milliseconds():
+                continue
             with suppress(Busy, Gone):
-                if self._keeper.spaces.get(space.namespace.id) is not space:
-                    continue
                 if space.cache.pins.is_below(block) or clock.monotonic_seconds() >= until:
                     self.pin(space, block, term)
                 else:
-                    self._wanted.append((space, block, term, until))
+                    self._wanted[space, block] = term, until
 
     def _segments_max(self, space: Space, tier: int) -> int:
         """In how many segments of a tier the pins of a space may be."""
@@ -96,6 +97,8 @@ class Pinboard:
                 try:
                     if space is None:
                         raise Gone("nothing of its namespace is left")
+                    if term != FOREVER:  # the clock may have been set back since
+                        term = term._replace(until=min(term.until, now + KEEP_MS_MAX))
                     if term.until > now:
                         self.pin(space, bytes.fromhex(block), term)
                 except TierdError as error:
@@ -114,6 +117,12 @@ class Pinboard:
                     raise Busy(f"{self._path} cannot be written ({error}): pins hold, but only in this life") from error
                 self._saved, self._saved_at = pinned, clock.monotonic_seconds()
 
+    async def close(self) -> None:
+        """What is kept now is noted, for the next life."""
+        self._keep_wanted()
+        with suppress(Busy):
+            await self.save()
+
     async def watch(self) -> None:
         """Until cancelled: end pins whose term is over, and note what clients pin and what a purge has unpinned."""
         while True:
@@ -121,10 +130,8 @@ class Pinboard:
             self._keep_wanted()
             for space in self._spaces():
                 space.cache.pins.lapse(clock.unix_milliseconds())
-            if (
-                _pinned(self._noted()) == _pinned(self._saved)
-                and clock.monotonic_seconds() < self._saved_at + KEPT_SAVE_SECONDS
-            ):
+            is_due = clock.monotonic_seconds() >= self._saved_at + KEPT_SAVE_SECONDS
+            if not is_due and _pinned(self._noted()) == _pinned(self._saved):
                 continue
             try:
                 await self.save()
@@ -145,7 +152,7 @@ class Pinboard:
                 noted = _from_json(json.loads(file.read(FILE_BYTES_MAX)))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("what was pinned is not known", path=self._path, reason=repr(error))
             return {}
         return noted
@@ -162,7 +169,9 @@ def _from_json(found: dict[str, Any]) -> Noted:
     noted: Noted = {name: dict.fromkeys(map(str, blocks), FOREVER) for name, blocks in found["pins"].items()}
     for name, terms in found.get("kept", {}).items():
         for block, (priority, until) in terms.items():
-            noted.setdefault(name, {})[block] = Term(min(int(priority), PRIORITY_MAX), int(until))
+            if not (type(priority) is type(until) is int and 0 <= priority <= PRIORITY_MAX and 0 < until < FOREVER.until):
+                raise ValueError(f"{priority!r} and {until!r} are no priority and no Unix milliseconds")
+            noted.setdefault(name, {}).setdefault(block, Term(priority, until))
     if any(len(bytes.fromhex(block)) != HASH_BYTES for name, blocks in noted.items() for block in (name, *blocks)):
         raise ValueError(f"ids of namespaces and hashes of blocks have {2 * HASH_BYTES} digits")
     return noted

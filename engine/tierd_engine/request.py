@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierd.block import ROOT
-from tierd.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX
+from tierd.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX, KEEP_SECONDS_MIN
 from tierd.errors import Invalid
 
 SAMPLES_MAX = 128
 STOP_STRINGS_MAX = 16
 CONVERSATION_MAX = 128
-TTL_SECONDS_MIN = 0.001
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Hints:
     def __post_init__(self) -> None:
         if self.conversation is not None and not 1 <= len(self.conversation) <= CONVERSATION_MAX:
             raise Invalid(f"conversation: {len(self.conversation)} characters; 1 to {CONVERSATION_MAX} are possible")
-        if self.ttl_seconds and not TTL_SECONDS_MIN <= self.ttl_seconds <= KEEP_SECONDS_MAX:
-            raise Invalid(f"keep: ttl_seconds {self.ttl_seconds} must be from {TTL_SECONDS_MIN} to {KEEP_SECONDS_MAX:.0f}")
+        if self.ttl_seconds and not KEEP_SECONDS_MIN <= self.ttl_seconds <= KEEP_SECONDS_MAX:
+            raise Invalid(f"keep: ttl_seconds {self.ttl_seconds} must be from {KEEP_SECONDS_MIN} to {KEEP_SECONDS_MAX:.0f}")
         if not 0 <= self.priority <= KEEP_PRIORITY_MAX:
             raise Invalid(f"keep: priority {self.priority} must be from 0 to {KEEP_PRIORITY_MAX}")
 

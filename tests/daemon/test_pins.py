@@ -140,6 +140,24 @@ def test_what_is_kept_outlives_the_daemon_for_as_long(start: Start) -> None:
         assert [after[key] for key in ("block", "until", "priority")] == [before[key] for key in ("block", "until", "priority")]
 
 
+def test_a_stop_notes_what_is_kept_by_then(start: Start) -> None:
+    """Also what was asked for just before; an end that is further away than one can be is cut."""
+    daemon = start()
+    with daemon.peer() as wire:
+        wire.store(KEPT)
+        daemon.ask("sync")
+        name = daemon.status()["namespaces"][0]["id"]
+        for block in (KEPT[:32], LAST):
+            wire.ask("keep", block=block, ttl_ms=3_600_000)
+            daemon.wait_until(lambda _: (daemon.state / "pins.json").exists())
+    daemon.stop()
+    assert len(json.loads((daemon.state / "pins.json").read_text())["kept"][name]) == 2
+    (daemon.state / "pins.json").write_text(json.dumps({"pins": {}, "kept": {name: {LAST.hex(): [3, 10**15]}}}))
+    daemon.start()
+    (pin,) = json.loads(daemon.run("pin", name, "--json").stdout)["pins"]
+    assert pin["until"] / 1000 <= time.time() + 604_800
+
+
 def test_the_client_keeps_what_it_stored(start: Start) -> None:
     """The library's call does what the verb does, and refuses what the daemon would refuse."""
     daemon = start(nvme_bytes=0)
@@ -150,7 +168,7 @@ def test_the_client_keeps_what_it_stored(start: Start) -> None:
         client.keep(hashes_of(5, 1), 60)
         name = daemon.status()["namespaces"][0]["id"]
         daemon.wait_until(lambda _: pinned(daemon, "pin", name) == {LAST.hex(): {"cpu": SLOTS // 2}})
-        with pytest.raises(Invalid, match="ttl_ms"):
+        with pytest.raises(Invalid, match="seconds must be"):
             client.keep(LAST, 0)
 
 
@@ -210,6 +228,8 @@ def test_what_was_pinned_and_is_not_known_costs_no_start(start: Start) -> None:
     assert "is not known here" in daemon.log and "nothing of its namespace is left" in daemon.log
     assert pinned(daemon, "pin", name) == {}
     daemon.stop()
-    (daemon.state / "pins.json").write_text("not JSON")
-    daemon.start()
-    assert "what was pinned is not known" in daemon.log and pinned(daemon, "pin", name) == {}
+    for damaged in ("not JSON", f'{{"pins": {{}}, "kept": {{"{name}": {{"{LAST.hex()}": [1, Infinity]}}}}}}', "[" * 100_000):
+        (daemon.state / "pins.json").write_text(damaged)
+        daemon.start()
+        assert "what was pinned is not known" in daemon.log and pinned(daemon, "pin", name) == {}
+        daemon.stop()

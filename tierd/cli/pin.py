@@ -1,7 +1,8 @@
 """Pin the chain of blocks that ends in HASH, so that none of them is evicted; without HASH list what is pinned.
 
 A pin lasts until `tierd unpin` or a purge, and outlives the daemon as far as its blocks do. Segments with pinned blocks are at
-most policy.pinned_share of a tier. What requests want to be kept for a time is listed too; it gives way to a pin.
+most policy.pinned_share of a tier. What requests want to be kept for a time is listed too; within its
+namespace it gives way to a pin.
 """
 
 from __future__ import annotations

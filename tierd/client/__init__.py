@@ -9,8 +9,8 @@ Engines whose pages are tierd's slots use `tierd.client.pages` instead.
 It needs MessagePack and numpy only, and blocks for no longer than its deadline on a daemon that does not answer.
 """
 
-from tierd.client.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX, Client
+from tierd.client.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX, KEEP_SECONDS_MIN, Client
 from tierd.client.lookup import Lookup
 from tierd.client.store import Stored
 
-__all__ = ["KEEP_PRIORITY_MAX", "KEEP_SECONDS_MAX", "Client", "Lookup", "Stored"]
+__all__ = ["KEEP_PRIORITY_MAX", "KEEP_SECONDS_MAX", "KEEP_SECONDS_MIN", "Client", "Lookup", "Stored"]

@@ -21,7 +21,7 @@ from tierd.layout import Layout
 from tierd.wire.messages import DATA, KEEP_MS_MAX, PRIORITY_MAX, PROTOCOL_VERSION, TURN_ENDS, check_values
 
 COPY_THREADS_MAX = 64
-KEEP_SECONDS_MAX, KEEP_PRIORITY_MAX = KEEP_MS_MAX / 1000, PRIORITY_MAX
+KEEP_SECONDS_MIN, KEEP_SECONDS_MAX, KEEP_PRIORITY_MAX = 0.001, KEEP_MS_MAX / 1000, PRIORITY_MAX
 
 
 class Client:
@@ -153,7 +153,7 @@ class Client:
     def keep(self, block: bytes, seconds: float, priority: int = 0) -> None:
         """Ask that a chain that is stored is not evicted for so long; `tierd pin` lists what is. Never waits.
 
-        block: the hash (32 bytes) of the chain's last block. seconds: more than 0, at most a week. priority: 0 to 100; where
+        block: the hash (32 bytes) of the chain's last block. seconds: from 0.001 to 604,800, a week. priority: 0 to 100; where
         what is kept has no room in `policy.pinned_share`, lower ones go first, then those that end sooner.
         """
         self._context.check_process()
@@ -223,6 +223,8 @@ def turn_ended(block: bytes, turn: str, conversation: str | None) -> dict[str, A
 def keeping(block: bytes, seconds: float, priority: int) -> dict[str, Any]:
     """Arguments of `keep`; raises Invalid when the daemon would refuse them."""
     check_hashes(b"", block)
+    if type(seconds) not in (int, float) or not KEEP_SECONDS_MIN <= seconds <= KEEP_SECONDS_MAX:
+        raise Invalid(f"keep: seconds must be a number from {KEEP_SECONDS_MIN} to {KEEP_SECONDS_MAX:.0f}, not {seconds!r:.80}")
     return check_values("keep", {"block": block, "ttl_ms": round(seconds * 1000), "priority": priority}, DATA["keep"])
 
 

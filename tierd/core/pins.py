@@ -28,6 +28,10 @@ class Term(NamedTuple):
     priority: int
     until: int
 
+    def joined(self, other: Term) -> Term:
+        """What two requests for the same chain want together."""
+        return Term(max(self.priority, other.priority), max(self.until, other.until))
+
 
 FOREVER = Term(1 << 32, (1 << 63) - 1)
 """Until it is unpinned. It gives way to nothing."""
@@ -47,11 +51,11 @@ class Pins:
         """Pin the chain from the root to a block; returns its blocks. One that is pinned stays so, for the greater term.
 
         Where there are `chains_max` pins, or they would be in more than `segments_max` segments of a tier, pins of lesser
-        terms end: as few as must, the least first. Raises Gone when a block of the chain is in no tier, Busy when even all of
-        those would not make room.
+        terms end; the greatest stay first, then whatever still fits. Raises Gone when a block of the chain is in no tier, Busy
+        when even all of those would not make room.
         """
         if block in self.chains:
-            self.terms[block] = Term(*map(max, self.terms[block], term))
+            self.terms[block] = self.terms[block].joined(term)
             return len(self.chains[block][0])
         slots = self._choose(self._slots(block))
         segments = [_ordinals(row, pool.slots_per_segment) for pool, row in zip(self._ladder.pools, slots, strict=True)]
@@ -82,9 +86,11 @@ class Pins:
             raise Busy(f"pin: the namespace has its maximum of {chains_max} pins: unpin others")
         ended = []
         for one in reversed(lesser):  # the greatest term has the first choice of what room is left
-            joined = [there | its for there, its in zip(pinned, self._segments[one], strict=True)]
-            if room and all(len(ordinals) <= limit for ordinals, limit in zip(joined, most, strict=True)):
-                pinned, room = joined, room - 1
+            more = [its - there for there, its in zip(pinned, self._segments[one], strict=True)]
+            if room and all(len(old) + len(new) <= limit for old, new, limit in zip(pinned, more, most, strict=True)):
+                room -= 1
+                for ordinals, new in zip(pinned, more, strict=True):
+                    ordinals |= new
             else:
                 ended.append(one)
         return ended
@@ -106,6 +112,11 @@ class Pins:
         Gone when one is in no tier.
         """
         return bool((self._slots(block)[self._ladder.paged :].max(0, initial=-1) >= 0).all())
+
+    @property
+    def has_endless(self) -> bool:
+        """Whether any pin is not only what a request wanted to be kept."""
+        return FOREVER in self.terms.values()
 
     def lapse(self, now: int) -> int:
         """End the pins whose term is over at `now` (Unix milliseconds); returns how many."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tierd.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX
+from tierd.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX, KEEP_SECONDS_MIN
 from tierd_engine.connectors.options import check_options
 from tierd_engine.connectors.vllm.api import init_logger
 
@@ -84,6 +84,6 @@ def _is_bool(value: Any) -> bool:
 _MAY_BE: dict[str, Callable[[Any], bool]] = {
     "load": _is_bool,
     "store": _is_bool,
-    "ttl_seconds": lambda value: type(value) in (int, float) and 0.001 <= value <= KEEP_SECONDS_MAX,
+    "ttl_seconds": lambda value: type(value) in (int, float) and (value == 0 or KEEP_SECONDS_MIN <= value <= KEEP_SECONDS_MAX),
     "priority": lambda value: type(value) is int and 0 <= value <= KEEP_PRIORITY_MAX,
 }
