@@ -19,6 +19,7 @@ import numpy as np
 
 from tierd.block import ROOT
 from tierd_engine.connectors.vllm.api import CacheHitSource, block_ids
+from tierd_engine.connectors.vllm.events import KVEvents
 from tierd_engine.connectors.vllm.messages import Done, Run, Work
 from tierd_engine.connectors.vllm.options import Wishes
 from tierd_engine.connectors.vllm.shards import Found, Shards
@@ -49,7 +50,7 @@ class Tracked:
 class Saving:
     """A run on its way to tierd, the pages that it is copied from, and how many blocks are before it."""
 
-    request_id: str
+    request: Any
     first: int
     pages: list[Any]
 
@@ -64,6 +65,7 @@ class SchedulerSide:
     loads: bool
     saves: bool
     saving_max: int
+    events: KVEvents | None = None
     pages: Any = None
     stats: TierdStats = field(default_factory=TierdStats)
     _requests: dict[str, Tracked] = field(default_factory=dict)
@@ -156,6 +158,8 @@ class SchedulerSide:
             tracked, count = self._loading.pop(number)
             tracked.loading = False
             self._let_go(tracked)
+            if self.events:
+                self.events.ended(number, tracked.request, tracked.local, arrived)
             if arrived < count:
                 self._failures += 1
                 tracked.lost = True
@@ -165,7 +169,9 @@ class SchedulerSide:
             saving = self._saving.pop(number)
             self._saving_pages -= len(saving.pages)
             self.pages.free_blocks(reversed(saving.pages))
-            owner = self._requests.get(saving.request_id)
+            if self.events:
+                self.events.ended(number, saving.request, saving.first, kept)
+            owner = self._requests.get(saving.request.request_id)
             if owner is not None and kept < len(saving.pages):
                 owner.stored = min(owner.stored, saving.first + kept)
                 owner.again = monotonic() + AGAIN_SECONDS
@@ -216,7 +222,7 @@ class SchedulerSide:
         run = self._run(request, first, full_now, pages_of())
         pages = [self.pages.blocks[page] for page in run.pages.tolist()]
         self.pages.touch(pages)
-        self._saving[run.number] = Saving(request.request_id, first, pages)
+        self._saving[run.number] = Saving(request, first, pages)
         self._saving_pages += len(pages)
         tracked.stored = full_now
         self._work.saves.append(run)
@@ -224,6 +230,8 @@ class SchedulerSide:
     def _run(self, request: Any, first: int, last: int, pages: Sequence[int]) -> Run:
         self._numbers += 1
         hashes = request.block_hashes
+        if self.events:
+            self.events.begins(self._numbers, hashes[first:last])
         return Run(
             self._numbers,
             request.request_id,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tierd.block import HASH_BYTES
-from tierd.client import Client, Lookup
+from tierd.client import Client, Lookup, Removed
 
 
 @dataclass
@@ -45,6 +45,10 @@ class Shards:
             parts.append(client.lookup(hashes))
             hashes = hashes[: parts[-1].blocks * HASH_BYTES]
         return Found(parts)
+
+    def removed(self) -> list[Removed]:
+        """What went of each worker's parts since the last call."""
+        return [client.removed() for client in self.clients]
 
     def close(self) -> None:
         """End the sessions."""
