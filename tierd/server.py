@@ -209,6 +209,11 @@ class Connection:
         who = f"pid {self.peer.pid} uid {self.peer.uid}"
         return f"<Connection {self.id}: {who}, {len(self.tasks)} waiting, {self._unsent_bytes} bytes unsent>"
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the peer has taken all that it was sent."""
+        return not self._unsent
+
     def open(self) -> None:
         """Start to read; called by the server once the handler knows the connection."""
         self._server.connections.add(self)

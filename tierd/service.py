@@ -24,6 +24,7 @@ from tierd.log import get_logger
 from tierd.metrics import Metrics
 from tierd.pinboard import Pinboard
 from tierd.recorder import Recorder
+from tierd.removals import Removals
 from tierd.server import Connection
 from tierd.space import Attached, Slots, Space, give_segments
 from tierd.verbs import BY_NAME, Verbs
@@ -51,6 +52,7 @@ class Service:
         self._keeper, self._metrics, self._kept, self._space_of = keeper, metrics, kept, space_of
         self._incarnation = os.urandom(16)
         self._draining = False
+        self._removals = Removals()
         self._verbs = Verbs(config.limits, keeper, recorder, pinboard)
         self._seconds = {verb: metrics.requests.labels(verb) for verb in (*_OPENING, *_SESSION, *BY_NAME)}
 
@@ -68,7 +70,7 @@ class Service:
             if session.connection is connection:
                 session.connection = None
             if session.events is connection:
-                session.events = None
+                session.events, session.missed = None, True
             if session.connection is None and session.events is None and not session.known:
                 self.end(session)
 
@@ -126,6 +128,8 @@ class Service:
             os.close(pidfd)
             raise
         self._metrics.sessions_total += 1
+        if arguments["removed"]:
+            self._removals.listen(session)
         self.watch(session)
         self._join(session, connection)
         log.info("session", client=session.name, pid=peer.pid, namespace=namespace.id, session=session.id)
@@ -158,6 +162,8 @@ class Service:
         closing = session.arena.pool.closing  # not given again, and to be unmapped yet
         session.known = {ordinal: name for ordinal, name in session.known.items() if ordinal in closing}
         session.name = arguments["client"] or session.name
+        if arguments["removed"] and not session.listens:  # the last life of the daemon has not noted what went since
+            self._removals.listen(session, missed=True)
         self._join(session, connection)
         give_segments(session, [ordinal for ordinal in session.arena.segments if ordinal not in closing])
         return self._welcome(session) | {"lease": lease}
@@ -169,9 +175,12 @@ class Service:
             raise Gone("this session is not known: say hello first, on another connection")
         if session.events is not None:
             session.events.close("the session has a new event channel")
+            session.missed = True  # what it did not read of the old one
         session.events = connection
         session.waiting_detach.clear()
         connection.state = session
+        if session.listens and session.missed:
+            self._removals.soon(session.space)
         return {}
 
     def detached(self, session: Attached, arguments: Request) -> Reply:

@@ -123,6 +123,10 @@ class Attached:
     known: dict[int, bytes] = field(default_factory=dict)
     """Ordinal -> segment id of the memory segments that the client was given."""
     waiting_detach: set[bytes] = field(default_factory=set)
+    listens: bool = False
+    """Whether it is told which blocks are gone."""
+    missed: bool = False
+    """Whether some went that it could not be told of."""
 
     @property
     def arena(self) -> Arena:

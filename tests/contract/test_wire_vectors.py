@@ -111,6 +111,7 @@ FRAMES: dict[str, dict[str, Any]] = {
     **{f"request-{verb}": {"id": 1, "verb": verb, **arguments} for verb, arguments in REQUESTS.items()},
     **{f"reply-{verb}": {"id": 1, "ok": True, **fields} for verb, fields in ANSWERS.items()},
     "request-hello_gpu": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu"},
+    "request-hello_removed": {"id": 1, "verb": "hello", **HELLO, "removed": True},
     "request-hello_device": {"id": 1, "verb": "hello", **HELLO, "tier": "gpu", "device": b"u" * 16},
     "reply-hello_gpu": {"id": 1, "ok": True, **WELCOME, "device": b"u" * 16},
     "request-commit_pin": {"id": 1, "verb": "commit", "lease": 6, "pin": True},
@@ -118,6 +119,7 @@ FRAMES: dict[str, dict[str, Any]] = {
     "reply-error": failure(1, Gone("no lease 5")),
     "push-attach": {"id": 0, "push": "attach", "segments": [{**SEGMENT_NAMES, **SIZES}]},
     "push-detach": {"id": 0, "push": "detach", "segments": [SEGMENT_NAMES]},
+    "push-removed": {"id": 0, "push": "removed", "hashes": HASHES, "everything": False},
 }
 
 
@@ -149,8 +151,8 @@ def test_a_vector_is_read_as_its_message(name: str) -> None:
         request = check(message, {**DATA, **ADMIN})
         assert all(request[name] == value for name, value in message.items() if name in request)
     elif kind == "push":
-        (segment,) = check_values(what, message, PUSHES[what])["segments"]
-        check_values(what, segment, ATTACHED if what == "attach" else SEGMENT)
+        for segment in check_values(what, message, PUSHES[what]).get("segments", ()):
+            check_values(what, segment, ATTACHED if what == "attach" else SEGMENT)
     elif what != "error":
         check_values(what, message, REPLIES[what.removesuffix("_gpu").removesuffix("_pin")])
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from tests.sim.clients import Claim, Client, Place
 from tests.sim.directories import SOILED, Segment, rows_of
+from tests.sim.removed import check_removed, listened
 from tests.sim.sums import check_sums
 from tests.sim.tiers import check_ways, feeds_another, kind, nearest, tier_sizes
 from tierd.block import HASH_BYTES, ROOT, split
@@ -296,8 +297,7 @@ class World:
         self.losses = True
         self.cache.vacate(tier, ordinal)
         self.settle(evicts={tier})
-        slots = [at[tier] for at in self.where.values() if tier in at]
-        assert ordinal not in [slot // self.slots for slot in slots], "vacated blocks are still found"
+        assert ordinal not in {at[tier] // self.slots for at in self.where.values() if tier in at}, "still found"
 
     def collect(self) -> int:
         """Take away the segments that nobody uses any more; returns how many."""
@@ -341,7 +341,8 @@ class World:
         self._landed: set[tuple[tuple[bytes, int], int]] = set()
         self.segments: list[dict[int, Segment]] = [{} for _ in self.names]
         pools = {name: Pool(self.slots) for name in self.names}
-        self.cache = Cache(pools, policies=self.policies, admission=self.admission, window_share=self.window_share, seed=7)
+        chosen = {"policies": self.policies, "admission": self.admission}
+        self.cache = listened(Cache(pools, **chosen, window_share=self.window_share, seed=7))
         for tier, old in enumerate(segments):
             for segment in old.values():
                 self.add_segment(tier, segment)
@@ -386,6 +387,7 @@ class World:
         gone = {(b, t) for b, at in self.where.items() for t in at if t not in tree.get(b, {})}
         assert {tier for _, tier in gone} <= set(evicts), "copies are gone from a tier that had no reason to evict"
         assert come.items() <= self._landed | (adds or {}).items(), "copies came from nowhere"
+        check_removed(self.cache, self.where, tree)
         self.where = tree
 
     def check(self, deep: bool = True) -> None:
@@ -485,8 +487,7 @@ class World:
         segment.content[at] = SOILED
 
     def _in_memory(self) -> Iterator[Segment]:
-        for tier in self.mapped:
-            yield from self.segments[tier].values()
+        yield from (segment for tier in self.mapped for segment in self.segments[tier].values())
 
     def _place(self, tier: int, slot: int) -> Place:
         return self.segments[tier][slot // self.slots], slot % self.slots

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.config.kv_events import KVEventsConfig
+from vllm.distributed.kv_events import KVEventBatch
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -49,6 +51,7 @@ class House:
         pages: int = 64,
         asynchronous: bool = False,
         workers: int = 1,
+        events: bool = False,
         **arguments: Any,
     ) -> None:
         given = {"max_num_seqs": 8, "max_model_len": 2048, "max_num_batched_tokens": 512, **arguments}
@@ -60,6 +63,7 @@ class House:
             kv_transfer_config=transfer,
             async_scheduling=asynchronous,
             tensor_parallel_size=workers,
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
             **given,
         ).create_engine_config()
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=WIDTH // 2, dtype=torch.float32)
@@ -86,6 +90,9 @@ class House:
             hash_block_size=BLOCK,
             log_stats=True,
         )
+        self.published: list[Any] = []
+        """KV events in the order of their coming."""
+        self.scheduler.kv_event_publisher.publish = self._publish
         hash_function = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(BLOCK, hash_function)
@@ -166,6 +173,9 @@ class House:
     def forget(self) -> None:
         """vLLM's own prefix cache is empty now, so that whatever is not computed comes from tierd."""
         assert self.scheduler.reset_prefix_cache()
+
+    def _publish(self, batch: KVEventBatch) -> None:
+        self.published += batch.events
 
     def close(self) -> None:
         """End both sessions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from tierd.block import HASH_BYTES, ROOT
 from tierd.client.context import Context
 from tierd.client.lookup import Lookup
 from tierd.client.pins import Pins
+from tierd.client.removals import Removed
 from tierd.client.session import Session
 from tierd.client.store import Stored, Storing
 from tierd.client.transfer import Copier, Pool, as_pages, as_pool
-from tierd.errors import Invalid
+from tierd.errors import Invalid, TierdError
 from tierd.layout import Layout
 from tierd.wire.messages import DATA, KEEP_MS_MAX, PRIORITY_MAX, PROTOCOL_VERSION, TURN_ENDS, check_values
 
@@ -29,7 +31,7 @@ class Client:
 
     Connects when first used and again whenever it must; until then every call is a miss at once. `deadline_seconds`
     bounds each wait for the daemon; the time to copy is on top. `copy_threads` copy the blocks of one call. `name` is
-    what the daemon calls this client.
+    what the daemon calls this client. With `removals` it is told which blocks tierd has no more.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Client:
         deadline_seconds: float = 1.0,
         copy_threads: int = 1,
         name: str = "",
+        removals: bool = False,
     ) -> None:
         if not 0 < deadline_seconds <= 600:
             raise Invalid(f"deadline_seconds must be over 0 and at most 600, not {deadline_seconds}")
@@ -56,6 +59,7 @@ class Client:
             "fingerprint": layout.fingerprint,
             "client": name,
             **({"domain": domain} if domain else {}),
+            **({"removed": True} if removals else {}),
         }
         self.session = Session(Path(socket) if socket else default_socket(), hello, layout, deadline_seconds)
         self.copier = Copier(layout.block_bytes, copy_threads)
@@ -160,6 +164,16 @@ class Client:
         arguments = keeping(block, seconds, priority)
         with self._context.missing("keep"):
             self.session.connection().tell("keep", arguments, self.deadline_seconds)
+
+    def removed(self) -> Removed:
+        """Which blocks of its namespace tierd has no more, as far as it was told since the last call (see `removals`).
+
+        What is stored after this call, and goes, is told by a later one: a client that is not connected yet connects.
+        """
+        self._context.check_process()
+        with suppress(TierdError):
+            self.session.connection()
+        return self.session.removals.take()
 
     @property
     def statistics(self) -> dict[str, Any]:

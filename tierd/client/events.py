@@ -1,4 +1,4 @@
-"""The event channel: gives segments back when the daemon asks, and notices its end while nobody calls."""
+"""The event channel: gives segments back when the daemon asks, hears what is gone, and notices its end while nobody calls."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tierd.client.connection import Connection, NoAnswer
 from tierd.client.events import Events
+from tierd.client.removals import Removals
 from tierd.client.segments import Segments
 from tierd.clock import monotonic_seconds
 from tierd.errors import Closed, Gone, Invalid, TierdError
@@ -33,6 +34,7 @@ class Session:
         self.path = path
         self.deadline_seconds = deadline_seconds
         self.segments = Segments(layout)
+        self.removals = Removals()
         self.connects = 0
         self.blocks_max = BLOCKS_PER_REQUEST
         self.closed = False
@@ -100,6 +102,7 @@ class Session:
             except Gone:
                 self._names, copies = None, set()
                 self.segments.forget()
+                self.removals.note(b"", everything=True)
                 welcome = connection.request("hello", self._hello, self.deadline_seconds)
             self._check_welcome(welcome)
             self.segments.accept(welcome, copies)
@@ -144,7 +147,7 @@ class Session:
         names = self._names
         if names is None:
             raise Closed("there is no session yet")
-        channel = Connection.open(self.path, self._detach_pushed, self.deadline_seconds)
+        channel = Connection.open(self.path, self._pushed, self.deadline_seconds)
         try:
             proof = {name: names[name] for name in ("session", "token")}
             channel.request("events", proof, self.deadline_seconds)
@@ -153,11 +156,16 @@ class Session:
             raise
         return channel
 
-    def _detach_pushed(self, channel: Connection, message: dict[str, Any], _: deque[int]) -> None:
-        if message["push"] != "detach":
-            raise Invalid(f"push {message['push']!r} is unknown on an event channel")
-        segments = check_values("detach", message, PUSHES["detach"])["segments"]
-        channel.tell("detached", {"segments": self.segments.detach(segments)})
+    def _pushed(self, channel: Connection, message: dict[str, Any], _: deque[int]) -> None:
+        match push := message["push"]:
+            case "detach":
+                segments = check_values(push, message, PUSHES[push])["segments"]
+                channel.tell("detached", {"segments": self.segments.detach(segments)})
+            case "removed":
+                told = check_values(push, message, PUSHES[push])
+                self.removals.note(told["hashes"], told["everything"])
+            case _:
+                raise Invalid(f"push {push!r} is unknown on an event channel")
 
     def look(self) -> None:
         """Notice a lost connection that no request has met yet."""

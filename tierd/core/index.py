@@ -32,6 +32,7 @@ from tierd.core.compare import common, offset_of
 from tierd.core.plan import Hint, any_of, any_true
 from tierd.core.policy import Policy
 from tierd.core.policy.lru import Lru
+from tierd.core.removed import Removed
 from tierd.core.table import Cells, Table
 
 Slots = NDArray[np.int32]
@@ -100,6 +101,8 @@ class Index:
         self.blocks = 0
         self.touched: dict[Node, None] = {}
         """Nodes whose recency changed since it was last written to the directories."""
+        self.removed: Removed | None = None
+        """Where is noted what lives nowhere any more, while somebody wants to know."""
         self._latest = 0
         self._nodes: list[Node | None] = [None]
         self._ids: list[int] = []
@@ -359,6 +362,8 @@ class Index:
         """Forget the copies of some of a node's blocks in one tier; returns their slots. Call `trim` afterwards."""
         slots: Slots = node.slots[tier, offsets]
         node.slots[tier, offsets] = -1
+        if self.removed is not None:
+            self.removed.note(node.hashes, node.slots, offsets)
         if not any_true(node.slots[tier] >= 0):
             self.orders[tier].remove(node)
         return slots

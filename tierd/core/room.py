@@ -88,11 +88,13 @@ class Room:
             idle.append((latest - node.last_use, len(slots)))
             lived.append((latest - node.born, len(slots)))
             kept = int(np.count_nonzero(_elsewhere(node, tier)[where]))
+            row[where] = -1
             if kept < len(slots):
                 trimmed.append(node)
+                if self._index.removed is not None:
+                    self._index.removed.note(node.hashes, node.slots, where)
             clean += kept
             taken += len(slots)
-            row[where] = -1
             if where is WHOLE or not any_true(row >= 0):
                 emptied.append(node)
             if taken >= count:

@@ -73,6 +73,7 @@ HELLO = {
     "domain": optional(NAME),
     "tier": optional(NAME),
     "device": optional(BIN16),
+    "removed": optional(FLAG, False),
 }
 HELD = Struct("<16sII")
 ENVELOPE = {"id": optional(U32, 0), "deadline_ms": optional(U32)}
@@ -156,7 +157,11 @@ REPLIES = {
 }
 SEGMENT = {"tier": NAME, "ordinal": U32, "segment": BIN16}
 ATTACHED = {**SEGMENT, "slots": COUNT, "slot_bytes": U64, "directory_bytes": U64, "slots_bytes": U64}
-PUSHES = {"attach": {"segments": SEGMENTS}, "detach": {"segments": SEGMENTS}}
+PUSHES = {
+    "attach": {"segments": SEGMENTS},
+    "detach": {"segments": SEGMENTS},
+    "removed": {"hashes": Argument(bytes, 0, U32_MAX, HASH_BYTES), "everything": FLAG},
+}
 
 
 class Request(dict[str, Any]):

@@ -12,6 +12,7 @@ import torch
 
 from tierd.client import Client
 from tierd_engine.connectors.vllm import api, namespace
+from tierd_engine.connectors.vllm.events import KVEvents
 from tierd_engine.connectors.vllm.messages import Done, Work
 from tierd_engine.connectors.vllm.options import Options
 from tierd_engine.connectors.vllm.pages import LayerPages
@@ -40,9 +41,13 @@ class TierdConnector(api.KVConnectorBase_V1, api.SupportsHMA):
         self._worker: WorkerSide | None = None
         parallel = vllm_config.parallel_config
         if role == api.KVConnectorRole.SCHEDULER:
+            wants_events, seconds = api.publishes_events(vllm_config), options.lookup_seconds_max
+            ranks = range(parallel.world_size)
+            shards = Shards([self._client(rank, "scheduler", seconds, removals=wants_events) for rank in ranks])
             self._scheduler = SchedulerSide(
-                Shards([self._client(rank, "scheduler", options.lookup_seconds_max) for rank in range(parallel.world_size)]),
+                shards,
                 self._layout.block_tokens,
+                events=KVEvents(shards, self._layout.block_tokens) if wants_events else None,
                 asynchronous=options.load == "async",
                 loads=transfer.is_kv_consumer,
                 saves=transfer.is_kv_producer,
@@ -53,7 +58,7 @@ class TierdConnector(api.KVConnectorBase_V1, api.SupportsHMA):
             self._worker = WorkerSide(self._client(parallel.rank, "worker", options.transfer_seconds_max), options)
             log.info("%r, worker %d, blocks of %d bytes", self._worker.client.session, parallel.rank, self._layout.block_bytes)
 
-    def _client(self, rank: int, name: str, deadline_seconds: float) -> Client:
+    def _client(self, rank: int, name: str, deadline_seconds: float, removals: bool = False) -> Client:
         """A session for what the worker of that rank has of every block."""
         return Client(
             self._options.socket or None,
@@ -62,6 +67,7 @@ class TierdConnector(api.KVConnectorBase_V1, api.SupportsHMA):
             domain=self._options.domain or None,
             deadline_seconds=deadline_seconds,
             name=f"vllm-{name}",
+            removals=removals,
         )
 
     @property
@@ -111,6 +117,10 @@ class TierdConnector(api.KVConnectorBase_V1, api.SupportsHMA):
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
         """The same, of the one group that there is."""
         return self.request_finished(request, block_ids[0])
+
+    def take_events(self) -> list[api.KVCacheEvent]:
+        """What came to tierd and what left it since the last call, where vLLM publishes KV events."""
+        return self.scheduler.events.take() if self.scheduler.events else []
 
     def has_pending_push_work(self) -> bool:
         """Whether steps are needed for saves alone."""

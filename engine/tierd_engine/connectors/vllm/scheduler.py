@@ -19,6 +19,7 @@ import numpy as np
 
 from tierd.block import ROOT
 from tierd_engine.connectors.vllm.api import CacheHitSource, block_ids
+from tierd_engine.connectors.vllm.events import KVEvents
 from tierd_engine.connectors.vllm.messages import Done, Run, Work
 from tierd_engine.connectors.vllm.options import Wishes
 from tierd_engine.connectors.vllm.shards import Found, Shards
@@ -49,7 +50,7 @@ class Tracked:
 class Saving:
     """A run on its way to tierd, the pages that it is copied from, and how many blocks are before it."""
 
-    request_id: str
+    request: Any
     first: int
     pages: list[Any]
 
@@ -74,6 +75,7 @@ class SchedulerSide:
     loads: bool
     saves: bool
     saving_max: int
+    events: KVEvents | None = None
     pages: Any = None
     stats: TierdStats = field(default_factory=TierdStats)
     _requests: dict[str, Tracked] = field(default_factory=dict)
@@ -82,7 +84,8 @@ class SchedulerSide:
     """What some workers have said, and others not yet."""
     _saving: dict[int, Saving] = field(default_factory=dict)
     _saving_pages: int = 0
-    _keeping: dict[str, Keeping] = field(default_factory=dict)
+    _keeping: dict[int, Keeping] = field(default_factory=dict)
+    """By the `id` of their requests, which they hold: names of requests may come again."""
     _work: Work = field(default_factory=Work)
     _numbers: int = 0
     _failures: int = 0
@@ -151,7 +154,7 @@ class SchedulerSide:
             if self.saves:
                 self._save(tracked, full, lambda: pages)
         if tracked.wishes.ttl_seconds:
-            saves = sum(saving.request_id == request.request_id for saving in self._saving.values())
+            saves = sum(saving.request is request for saving in self._saving.values())
             self._keep(Keeping(request, tracked.wishes, tracked.stored, saves))
 
     @property
@@ -170,6 +173,8 @@ class SchedulerSide:
             tracked, count = self._loading.pop(number)
             tracked.loading = False
             self._let_go(tracked)
+            if self.events:
+                self.events.ended(number, tracked.request, tracked.local, arrived)
             if arrived < count:
                 self._failures += 1
                 tracked.lost = True
@@ -179,12 +184,14 @@ class SchedulerSide:
             saving = self._saving.pop(number)
             self._saving_pages -= len(saving.pages)
             self.pages.free_blocks(reversed(saving.pages))
-            if keeping := self._keeping.pop(saving.request_id, None):
+            if self.events:
+                self.events.ended(number, saving.request, saving.first, kept)
+            if keeping := self._keeping.pop(id(saving.request), None):
                 keeping.stored = min(keeping.stored, saving.first + kept)
                 keeping.saves -= 1
                 self._keep(keeping)
-            owner = self._requests.get(saving.request_id)
-            if owner is not None and kept < len(saving.pages):
+            owner = self._requests.get(saving.request.request_id)
+            if owner is not None and owner.request is saving.request and kept < len(saving.pages):
                 owner.stored = min(owner.stored, saving.first + kept)
                 owner.again = monotonic() + AGAIN_SECONDS
 
@@ -235,7 +242,7 @@ class SchedulerSide:
         run = self._run(request, first, full_now, pages_of())
         pages = [self.pages.blocks[page] for page in run.pages.tolist()]
         self.pages.touch(pages)
-        self._saving[run.number] = Saving(request.request_id, first, pages)
+        self._saving[run.number] = Saving(request, first, pages)
         self._saving_pages += len(pages)
         tracked.stored = full_now
         self._work.saves.append(run)
@@ -243,7 +250,7 @@ class SchedulerSide:
     def _keep(self, keeping: Keeping) -> None:
         """Have what a request has in tierd kept, or do so when the last of its saves has ended."""
         if keeping.saves:
-            self._keeping[keeping.request.request_id] = keeping
+            self._keeping[id(keeping.request)] = keeping
         elif keeping.stored:
             last = bytes(keeping.request.block_hashes[keeping.stored - 1])
             self.shards.keep(last, keeping.wishes.ttl_seconds, keeping.wishes.priority)
@@ -251,6 +258,8 @@ class SchedulerSide:
     def _run(self, request: Any, first: int, last: int, pages: Sequence[int]) -> Run:
         self._numbers += 1
         hashes = request.block_hashes
+        if self.events:
+            self.events.begins(self._numbers, hashes[first:last])
         return Run(
             self._numbers,
             request.request_id,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tierd.block import HASH_BYTES
-from tierd.client import Client, Lookup
+from tierd.client import Client, Lookup, Removed
 
 
 @dataclass
@@ -50,6 +50,10 @@ class Shards:
         """Ask that a chain is kept, every worker's part of it."""
         for client in self.clients:
             client.keep(block, seconds, priority)
+
+    def removed(self) -> list[Removed]:
+        """What went of each worker's parts since the last call."""
+        return [client.removed() for client in self.clients]
 
     def close(self) -> None:
         """End the sessions."""
