@@ -6,7 +6,7 @@ import asyncio
 import selectors
 
 from tierd import clock
-from tierd.linger import SECONDS, Linger
+from tierd.linger import BATCH_SECONDS, SECONDS, Linger
 
 AFTER_SECONDS = 0.1
 
@@ -23,15 +23,16 @@ class Noting(selectors.DefaultSelector):
         return super().select(timeout)
 
 
-def waits_after_an_answer() -> tuple[float, list[tuple[float, float | None]]]:
-    """When an answer was about to be given, and what the selector was asked from then on."""
+def waits_after(answers: int) -> tuple[float, list[tuple[float, float | None]]]:
+    """When the last of some answers was about to be given, and what the selector was asked from then on."""
     selector = Noting()
 
     async def serve() -> tuple[float, list[tuple[float, float | None]]]:
         linger = Linger(asyncio.get_running_loop())
-        del selector.waits[:]
-        answering = clock.monotonic_seconds()
-        linger.longer()
+        for _ in range(answers):
+            del selector.waits[:]
+            answering = clock.monotonic_seconds()
+            linger.longer()
         await asyncio.sleep(AFTER_SECONDS)
         return answering, list(selector.waits)
 
@@ -41,15 +42,23 @@ def waits_after_an_answer() -> tuple[float, list[tuple[float, float | None]]]:
 
 def test_after_an_answer_the_loop_looks_before_it_sleeps() -> None:
     """The first wait only looks, and no sleep begins within the moment."""
-    answering, waits = waits_after_an_answer()
+    answering, waits = waits_after(1)
     assert waits[0][1] == 0
     assert all(at >= answering + SECONDS for at, timeout in waits if timeout != 0)
 
 
 def test_after_that_moment_the_loop_sleeps() -> None:
     """An idle daemon takes no CPU time."""
-    _, waits = waits_after_an_answer()
-    assert any(timeout is None or timeout > AFTER_SECONDS / 2 for _, timeout in waits)
+    for answers in (1, 3):
+        _, waits = waits_after(answers)
+        assert any(timeout is None or timeout > AFTER_SECONDS / 2 for _, timeout in waits)
+
+
+def test_between_answers_that_are_close_the_loop_looks_for_as_long_as_a_batch_takes() -> None:
+    """No sleep begins before."""
+    answering, waits = waits_after(2)
+    assert waits[0][1] == 0
+    assert all(at >= answering + BATCH_SECONDS for at, timeout in waits if timeout != 0)
 
 
 def test_many_answers_ask_for_one_callback() -> None:
