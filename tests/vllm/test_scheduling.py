@@ -233,6 +233,11 @@ def test_a_request_may_decline(build: Build) -> None:
     assert house.run(text) == 5
 
 
+def kept_by(daemon: Daemon, namespace: bytes) -> dict[int, int]:
+    """Priorities of what is kept, by the number of its blocks in memory."""
+    return {pin["blocks"]["cpu"]: pin["priority"] for pin in daemon.ask("pin", namespace=namespace)["pins"]}
+
+
 def test_a_request_may_ask_to_be_kept(build: Build, daemon: Daemon) -> None:
     """`kv_transfer_params`: its whole chain is, as far as it is stored; a hit that stores nothing may ask as well. What cannot
     be understood is no error, and nothing is kept.
@@ -246,11 +251,8 @@ def test_a_request_may_ask_to_be_kept(build: Build, daemon: Daemon) -> None:
     house.run(prompt(33, 2), ttl_seconds=60, store=False)
     name = daemon.status()["namespaces"][0]["id"]
     deadline = monotonic_seconds() + 20  # the daemon is told, and does not answer
-    while (pins := {pin["blocks"]["cpu"]: pin["priority"] for pin in daemon.ask("pin", namespace=name)["pins"]}) != {
-        6: 7,
-        3: 0,
-    }:
-        assert monotonic_seconds() < deadline, pins
+    while kept_by(daemon, name) != {6: 7, 3: 0}:
+        assert monotonic_seconds() < deadline, kept_by(daemon, name)
 
 
 def test_without_a_daemon_everything_is_computed(build: Build, daemon: Daemon) -> None:
