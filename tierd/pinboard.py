@@ -27,7 +27,7 @@ from tierd.wire.messages import KEEP_MS_MAX, PRIORITY_MAX
 log = get_logger("pinboard")
 FILE = "pins.json"
 FILE_BYTES_MAX = 1 << 30
-"""More than all pins of as many namespaces as there can be."""
+"""Ten million pins; a longer file is none of ours."""
 PINS_MAX = 256
 """Of one namespace: eviction looks at each of them when all that is warmer has gone."""
 SAVE_SECONDS = 1.0
@@ -63,7 +63,8 @@ class Pinboard:
         if block in pins.chains or pins.is_below(block):
             return self.pin(space, block, term)
         earlier, until = self._wanted.get((space, block), (term, clock.monotonic_seconds() + PATIENCE_SECONDS))
-        if sum(owner is space for owner, _ in self._wanted) >= WANTED_MAX:
+        waiting = sum(owner is space for owner, _ in self._wanted)
+        if waiting >= WANTED_MAX and (space, block) not in self._wanted:
             raise Busy(f"keep: {WANTED_MAX} chains of the namespace wait for their copies, the maximum")
         self._wanted[space, block] = earlier.joined(term), until
         return pins.blocks_of(block)
