@@ -67,7 +67,7 @@ seen: $(STAMP)  ## docs/seen.md: what systemctl, systemd-analyze, promtool and t
 	$(RUN) pytest -n 0 -m "not prometheus and not package" tests/ops tests/daemon/test_metrics.py --results benchmarks/results/seen.json
 	$(RUN) pages
 
-promises: $(STAMP)  ## docs/promises.md: every fault that the tests know, and the service under a real systemd; needs what test-systemd needs
+promises: $(STAMP)  ## docs/promises.md: every fault that the tests know, and the service under a real systemd; needs what test-systemd needs, and Prometheus
 	$(RUN) pytest -n 0 -m "not prometheus and not package" tests/faults tests/ops --results benchmarks/results/promises.json
 	$(RUN) pages
 

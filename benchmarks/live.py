@@ -2,7 +2,7 @@
 
 A scratch daemon gets a hundredth of the trace's unique blocks as slots in cpu and a tenth in nvme, of 4 KiB each. One client
 loads what it has of each prompt, stores the rest, and waits for write-back before the next one, since a trace of an hour is
-over in a minute. The replay gets the times at which the daemon was asked, so that chd sees the same ages.
+over in a minute. The daemon's clock is the trace's (`trace_clock.py`), so that chd sees the ages that it would have seen.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.trace_clock import TraceClock
 from tierd.bench.scratch import LAYOUTS, scratch_daemon
 from tierd.block import HASH_BYTES, ROOT
 from tierd.client import Client
@@ -39,11 +41,12 @@ def main() -> None:
     options = parser.parse_args()
     trace = read_trace(options.trace)
     chains = list(trace.hashes())[: options.requests]
+    times = times_of([request.now for request in trace.requests][: options.requests])
     asked = sum(map(len, chains)) // HASH_BYTES
     for setting in options.settings:
         policies, admission = parse_setting(setting, SHARES)
         segments = {tier: segments_for(slots_of(trace, share)) for tier, share in SHARES.items()}
-        hits, times = live(chains, segments, policies, admission)
+        hits = live(chains, times, segments, policies, admission)
         again = replayed(chains, times, segments, policies, admission)
         figures = f"live {hits / asked:.2%}, replay {again / asked:.2%}"
         print(f"{trace.name}, {len(chains):,} requests, {setting}: {figures}", flush=True)
@@ -54,24 +57,36 @@ def segments_for(slots: int) -> int:
     return max(1, round(slots / Geometry.fit(LAYOUT, SEGMENT_BYTES).slot_count))
 
 
+def times_of(offsets: Sequence[int]) -> list[int]:
+    """Milliseconds since a trace began as Unix milliseconds, of a trace that begins now."""
+    began = unix_milliseconds()
+    return [began + offset for offset in offsets]
+
+
 def live(
-    chains: Sequence[bytes], segments: Mapping[str, int], policies: Mapping[str, str], admission: str
-) -> tuple[int, list[int]]:
-    """Blocks that a daemon had of these prompts, and when it was asked for each (Unix milliseconds)."""
+    chains: Sequence[bytes],
+    times: Sequence[int],
+    segments: Mapping[str, int],
+    policies: Mapping[str, str],
+    admission: str,
+) -> int:
+    """Blocks that a daemon had of prompts which came at these times (Unix milliseconds)."""
     longest = max(map(len, chains)) // HASH_BYTES
     pool, pages = np.zeros((longest, LAYOUT.block_bytes), np.uint8), np.arange(longest)
     settings: dict[str, str | int] = {"nvme__admission": admission}
     for tier, number in segments.items():
         settings |= {f"{tier}__bytes": number * SEGMENT_BYTES, f"{tier}__segment_bytes": SEGMENT_BYTES}
         settings[f"{tier}__policy"] = policies[tier]
-    hits, times = 0, []
-    folder = Path(tempfile.gettempdir())
-    with (
-        scratch_daemon(folder, cpu__huge_pages="off", **settings) as daemon,
-        Client(daemon.socket, model="trace", layout=LAYOUT, deadline_seconds=SYNC_SECONDS_MAX) as client,
-    ):
-        for chain in chains:
-            times.append(unix_milliseconds())
+    hits = 0
+    with ExitStack() as ending:
+        folder = Path(ending.enter_context(tempfile.TemporaryDirectory()))
+        clock = TraceClock(folder / "clock", "w+")
+        clock.set(times[0])
+        program = str(Path(__file__).with_name("trace_clock.py")), str(folder / "clock")
+        daemon = ending.enter_context(scratch_daemon(folder, program=program, cpu__huge_pages="off", **settings))
+        client = ending.enter_context(Client(daemon.socket, model="trace", layout=LAYOUT, deadline_seconds=SYNC_SECONDS_MAX))
+        for chain, now in zip(chains, times, strict=True):
+            clock.set(now)
             blocks = len(chain) // HASH_BYTES
             hit = client.load(chain, pool, pages[:blocks])
             if hit < blocks:
@@ -80,7 +95,7 @@ def live(
             if "nvme" in segments:
                 daemon.sync(SYNC_SECONDS_MAX)
             hits += hit
-    return hits, times
+    return hits
 
 
 def replayed(

@@ -82,6 +82,13 @@ PROMISES = (
         "tests/faults/test_purge.py",
     ),
     Promise("a block is damaged, and nobody asks", "a scrub finds it and gives it up", "tests/faults/test_scrub.py"),
+    Promise(
+        "the disk of the service is full for a while",
+        "no call of an engine fails; an alert fires, and is over with room again; then all comes to NVMe",
+        "tests/ops/test_systemd.py",
+        "alert after {fired} s, over after {resolved} s; {blocks} blocks found after stop and start",
+        "full disk",
+    ),
     Promise("the disk is full", "reads go on, new blocks replace the coldest", "tests/faults/test_full_disk.py"),
     Promise("the disk is slow", "no store waits for it; the coldest go unwritten", "tests/faults/test_slow_disk.py"),
     Promise("the daemon is away", "every call is a miss in time; engines need no restart", "tests/faults/test_daemon_away.py"),

@@ -66,12 +66,16 @@ class Admin:
         try:
             answer = self._answer(connection, request)
         except TierdError as error:
-            audit.asked(connection.peer, request, error.code, reason=str(error))
+            self.refused(connection, request, error)
             raise
         if not isinstance(answer, dict):
             return partial(audit.followed, connection.peer, request, answer)
         audit.asked(connection.peer, request, "done")
         return answer
+
+    def refused(self, connection: Connection, request: Request, error: TierdError) -> None:
+        """The audit log has it."""
+        audit.asked(connection.peer, request, error.code, reason=str(error))
 
     def _answer(self, connection: Connection, request: Request) -> dict[str, Any] | Answering:
         match request.verb:

@@ -22,6 +22,7 @@ from typing import Any
 from tierd import clock
 from tierd.core.ladder import CLOSED, PAGED, kind_of
 from tierd.core.plan import WRITE_BACK, Transfer
+from tierd.core.write_back import TRANSFERS_MIN
 from tierd.endurance import Endurance
 from tierd.errors import Busy, TierdError
 from tierd.log import get_logger
@@ -30,11 +31,8 @@ from tierd.space import Arena, Space
 from tierd.tiers.tier import Tier
 
 log = get_logger("keeper")
-WRITE_BACK_BYTES, WRITE_BACK_BLOCKS_MAX = 32 << 20, 256
-"""Size of one write-back transfer; half as many as there are io threads wait behind those under way."""
-WRITE_BACK_SHARE, WRITE_BACKS_MIN = 0.25, 4
-"""Of a space's memory that write-backs to a tier may pin: a store that evicts the rest never waits for them. Where that is
-little, few transfers keep the medium as busy as many small ones, and cost less."""
+WRITE_BACK_BYTES = 32 << 20
+"""Of one write-back transfer at most; half as many as there are io threads wait behind those under way."""
 POLL_SECONDS, POLL_SECONDS_MAX = 0.005, 0.5
 SYNC_POLL_SECONDS = 0.1
 """A sync looks again at least this often: growth and hand-overs end without a transfer."""
@@ -63,8 +61,8 @@ class Keeper:
         self._failures: Counter[str] = Counter()
         self._writing: Counter[str] = Counter()
         """Write-backs under way, by the tier that they go to."""
-        self._paused_until = [0.0 for _ in tiers]
-        """By tier; 0 when it gave the last segment that it was asked for."""
+        self._refused: list[tuple[Space, float] | None] = [None for _ in tiers]
+        """By tier: to whom its medium refused the last segment, and until when it is not asked again; None: it gave it."""
         self._handing: list[asyncio.Task[None] | None] = [None for _ in tiers]
         self._takers: list[list[Space]] = [[] for _ in tiers]
         """Who waits for the bytes of a segment that is on its way out, by tier and in the order of their coming."""
@@ -86,9 +84,8 @@ class Keeper:
 
     def _write_back(self, space: Space, tier: int) -> None:
         cache, arena = space.cache, space.arenas[tier]
-        share = int(sum(above.pool.slots for above in space.arenas[:tier]) * WRITE_BACK_SHARE)
-        blocks = max(1, min(WRITE_BACK_BLOCKS_MAX, WRITE_BACK_BYTES // arena.geometry.slot_bytes, share // WRITE_BACKS_MIN))
-        most = min(self.mover.threads * 3 // 2, max(WRITE_BACKS_MIN, share // blocks))
+        blocks = max(1, min(cache.write_back.piece(tier), WRITE_BACK_BYTES // arena.geometry.slot_bytes))
+        most = min(self.mover.threads * 3 // 2, max(TRANSFERS_MIN, cache.write_back.share(tier) // blocks))
         while cache.write_back.queues[tier] and self._writing[arena.tier.name] < most:
             if not (count := self._affordable(space, arena, blocks)):
                 return  # `run` tries again
@@ -189,17 +186,20 @@ class Keeper:
                 segment.directory.epoch = epoch
         except TierdError as error:
             arena.tier.budget.release(arena.geometry.total_bytes)
-            if not self._paused_until[at]:
+            if not self._refused[at]:
                 log.warning("tier cannot grow", tier=arena.tier.name, reason=str(error), retry_seconds=PAUSE_SECONDS)
-            self._paused_until[at] = clock.monotonic_seconds() + PAUSE_SECONDS
+            self._refused[at] = space, clock.monotonic_seconds() + PAUSE_SECONDS
         except BaseException:
             arena.tier.budget.release(arena.geometry.total_bytes)
             raise
         else:
             arena.add(segment, clock.unix_milliseconds(), ordinal)
-            if self._paused_until[at]:
+            if self._refused[at]:
                 log.info("tier grows again", tier=arena.tier.name)
-            self._paused_until[at], grown = 0.0, True
+                if arena.tier.name == CLOSED:  # what came while it was full has driven out what may be above still
+                    for other in self.spaces.values():
+                        other.cache.write_back.push_all()
+            self._refused[at], grown = None, True
         finally:
             arena.growing = None
         self.fit(space)  # its quota may have been lowered meanwhile
@@ -220,7 +220,7 @@ class Keeper:
     def supply_ahead(self, space: Space, tier: int) -> None:
         """After hello and store: grow before the next store needs it; who has stored may take over colder memory."""
         arena = space.arenas[tier]
-        if arena.pool.free < arena.pool.slots_per_segment // 2:
+        if arena.is_short:
             if self.can_grow(arena):
                 self._start_growth(space, arena)
             elif arena.segments:
@@ -228,10 +228,21 @@ class Keeper:
 
     def is_refused(self, tier: int) -> bool:
         """Whether the tier's medium refused the last segment that it was asked for."""
-        return self._paused_until[tier] > 0
+        return self._refused[tier] is not None
 
     def _is_paused(self, tier: int) -> bool:
-        return clock.monotonic_seconds() < self._paused_until[tier]
+        refused = self._refused[tier]
+        return refused is not None and clock.monotonic_seconds() < refused[1]
+
+    def _ask_again(self, tier: int) -> None:
+        """A medium that refused a segment may have room for it by now, and nobody may store what would ask for it."""
+        if (refused := self._refused[tier]) is None or self._is_paused(tier):
+            return
+        space, arena = refused[0], refused[0].arenas[tier]
+        if space in self.spaces.values() and arena.is_short and self.can_grow(arena):
+            self._start_growth(space, arena)
+        else:
+            self._refused[tier] = None
 
     # -- handing over -------------------------------------------------------------------------------------------------
 
@@ -416,6 +427,8 @@ class Keeper:
         """Until cancelled: write recency to directories and files once in a while, and restart what was paused."""
         while True:
             await asyncio.sleep(RECENCY_SECONDS)
+            for tier in range(len(self.tiers)):
+                self._ask_again(tier)
             for space in list(self.spaces.values()):
                 self.note_recency(space)
                 self.pump(space)

@@ -356,8 +356,7 @@ REQUESTS = Series(
     "seconds",
     ("verb",),
     "Time from a request's last byte to its answer, waiting included, by verb.",
-    "Its count is the number of requests that were understood, without those that were refused because too many of their "
-    "connection waited.",
+    "Its count is the number of requests that were understood, without those that were refused at once.",
 )
 REQUEST_ERRORS = Series(
     "tierd_request_errors",
@@ -365,7 +364,7 @@ REQUEST_ERRORS = Series(
     "requests",
     ("verb", "error"),
     "Requests that were understood and answered with an error (invalid, busy, gone, closed), or not by their deadline (late).",
-    "One that never happened has no sample. Requests refused because too many of their connection waited are not in it.",
+    "One that never happened has no sample.",
 )
 
 NAMESPACE = Series(

@@ -64,6 +64,9 @@ class Handler(Protocol):
         What was begun is cancelled when its deadline passes or its connection ends: shield what must not be.
         """
 
+    def refused(self, connection: Connection, request: Request, error: TierdError) -> None:
+        """What `request` would have begun is not begun: too much of this connection waits. Note it; the peer is told."""
+
     def disconnected(self, connection: Connection) -> None:
         """The connection has ended, whoever ended it. Called once, never from within `send` or `close`."""
 
@@ -345,7 +348,9 @@ class Connection:
             elif len(self.tasks) < REQUESTS_WAITING_MAX:
                 self._start(request, answer)
             else:
-                raise Busy(f"{len(self.tasks)} requests of this connection wait, the maximum: wait for some of them")
+                crowd = Busy(f"{len(self.tasks)} requests of this connection wait, the maximum: wait for some of them")
+                self._server.handler.refused(self, request, crowd)
+                raise crowd
         except Exception as error:
             self._fail(number, error)
 

@@ -92,12 +92,16 @@ class Service:
                 own = _SESSION.get(verb)
                 answer = own(self, session, request) if own else BY_NAME[verb](self._verbs, session, request)
         except TierdError as error:
-            self._metrics.errors[verb, error.code] += 1
+            self.refused(connection, request, error)
             raise
         if answer is not None and not isinstance(answer, dict):
             return partial(self._timed, verb, started, answer)
         self._seconds[verb].observe(clock.monotonic_seconds() - started)
         return answer
+
+    def refused(self, connection: Connection, request: Request, error: TierdError) -> None:
+        """Count it."""
+        self._metrics.errors[request.verb, error.code] += 1
 
     async def _timed(self, verb: str, started: float, answering: Answering) -> Reply:
         try:

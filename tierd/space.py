@@ -55,6 +55,11 @@ class Arena:
         return (len(self.segments) + len(self.leaving) + (self.growing is not None)) * self.geometry.total_bytes
 
     @property
+    def is_short(self) -> bool:
+        """Whether fewer slots are free than half a segment has."""
+        return self.pool.free < self.pool.slots_per_segment // 2
+
+    @property
     def may_grow(self) -> bool:
         """Whether its quota has room for one more segment."""
         return not self.quota.most or self.used_bytes + self.geometry.total_bytes <= self.quota.most

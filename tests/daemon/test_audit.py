@@ -66,12 +66,14 @@ def test_an_operation_that_fails_is_logged_with_the_reason(audited: Daemon) -> N
 
 
 def test_a_request_that_is_refused_because_too_many_wait_has_begun_nothing(audited: Daemon) -> None:
-    """It is answered busy, the others go on, and nothing is left of it that would be missed later."""
+    """It is answered busy, as the audit log says; the others go on, and nothing is left of it that would be missed later."""
     with Wire(audited.admin) as wire:
         wire.ask("record")
-        numbers = [wire.request("record") for _ in range(REQUESTS_WAITING_MAX + 1)]
+        numbers = [wire.request(verb) for verb in ["record"] * REQUESTS_WAITING_MAX + ["sync"]]
         with pytest.raises(Busy, match="256 requests of this connection wait"):
             wire.reply(numbers[-1])
+        last = entries(audited)[-1]
+        assert (last["verb"], last["outcome"]) == ("sync", "busy")
         assert wire.reply(numbers[0])["events"] == []
 
 

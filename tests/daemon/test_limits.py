@@ -87,6 +87,7 @@ def test_a_request_too_many_on_a_connection_is_busy_and_those_that_wait_go_on(da
         numbers = [other.request("store", hashes=hashes_of(5, 1)) for _ in range(REQUESTS_WAITING_MAX + 1)]
         with pytest.raises(Busy, match="256 requests of this connection wait"):
             other.reply(numbers[-1])
+        assert daemon.metrics()['tierd_request_errors_total{error="busy",verb="store"}'] == 1
         holder.end()
         assert len(other.reply(numbers[0])["slots"]) == 4
 

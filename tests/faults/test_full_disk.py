@@ -77,6 +77,26 @@ def test_a_full_disk_stops_growth_and_nothing_else(short_path: Path, disk: Path)
         assert house.errors() == []
 
 
+def test_room_that_comes_back_is_found_though_nobody_stores(short_path: Path, disk: Path) -> None:
+    """The tier asks again by itself, and what new blocks had driven out of it is written once more while it is in memory."""
+    with House(short_path, cpu__bytes="16MiB", nvme__bytes="20MiB", nvme__path=str(disk / "nvme")) as house:
+        client = RawClient(house.socket)
+        client.hello()
+        chains = press(client, "others", 3 * 127)
+        until(lambda: "tier cannot grow" in house.log.read_text(), "the disk does not fill")
+        house.sync()
+        assert used_bytes(house) == 8 << 20
+        (disk / "filler").unlink()
+        until(lambda: "tier grows again" in house.log.read_text(), "nobody asks for the room that came back")
+        house.sync()
+        house.crash()
+        house.start()
+        client = RawClient(house.socket)
+        client.hello()
+        assert [verify(client, one) for one in chains] == [(32, 0)] * len(chains)
+        assert house.errors() == []
+
+
 def test_new_blocks_reach_a_full_disk_at_the_cost_of_old_ones(short_path: Path, disk: Path) -> None:
     """The segments that are there go on to take blocks, `sync` answers, and the log says once that no more can be had."""
     with House(short_path, cpu__bytes="8MiB", nvme__bytes="20MiB", nvme__path=str(disk / "nvme")) as house:

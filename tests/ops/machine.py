@@ -8,6 +8,7 @@ Where there can be no such machine, tests are skipped with the reason. What goes
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import shutil
@@ -161,6 +162,17 @@ class Machine:
         """What the service has logged in this boot."""
         self.run("journalctl", "--sync")
         return self.run("journalctl", "--unit=tierd", "--output=cat", "--no-pager", *options).stdout
+
+    @contextmanager
+    def network(self) -> Iterator[None]:
+        """Be in its network, which has a loopback of its own: this thread, and the processes that it starts."""
+        enter = ctypes.CDLL(None, use_errno=True).setns
+        with open("/proc/thread-self/ns/net") as ours, open(f"/proc/{self._leader()}/ns/net") as its:
+            assert not enter(its.fileno(), 0), os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                assert not enter(ours.fileno(), 0), os.strerror(ctypes.get_errno())
 
     def _leader(self) -> int:
         """The pid of the machine's init; 0 when there is none."""

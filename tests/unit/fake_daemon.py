@@ -22,7 +22,7 @@ import uvloop
 
 from tierd.block import HASH_BYTES, ROOT, split
 from tierd.clock import monotonic_seconds
-from tierd.errors import Gone
+from tierd.errors import Gone, TierdError
 from tierd.layout import Layout, Namespace
 from tierd.server import Connection, Server
 from tierd.tiers.host import HostSegment
@@ -76,6 +76,9 @@ class Memory:
 
     def connected(self, connection: Connection) -> None:
         """Everybody is welcome."""
+
+    def refused(self, connection: Connection, request: Request, error: TierdError) -> None:
+        """The peer is told; nobody counts."""
 
     def disconnected(self, connection: Connection) -> None:
         """Nothing is freed: what was told is held by the bits."""

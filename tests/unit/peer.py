@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.unit.fake_daemon import Daemon
+from tierd.errors import TierdError
 from tierd.server import Connection
 from tierd.wire.framing import FrameReader, decode, encode
 from tierd.wire.messages import Answer, Request
@@ -23,6 +24,7 @@ class Scripted:
         self.answers: dict[str, Any] = {}
         self.open: list[Connection] = []
         self.ended: list[Connection] = []
+        self.refusals: list[tuple[str, str]] = []
 
     def connected(self, connection: Connection) -> None:
         """Remember it."""
@@ -30,6 +32,10 @@ class Scripted:
         if answer:
             raise answer
         self.open.append(connection)
+
+    def refused(self, connection: Connection, request: Request, error: TierdError) -> None:
+        """Remember it."""
+        self.refusals.append((request.verb, error.code))
 
     def disconnected(self, connection: Connection) -> None:
         """Remember it."""

@@ -99,6 +99,7 @@ def test_only_so_many_requests_of_a_connection_wait(server: Daemon, handler: Scr
     wait_until(server, lambda: handler.ended)
     wait_until(server, lambda: not handler.ended[0].tasks)
     assert len(begun) <= REQUESTS_WAITING_MAX
+    assert handler.refusals == [("stats", "busy")]
 
 
 def test_many_requests_in_one_write_are_all_answered_in_order(server: Daemon) -> None:

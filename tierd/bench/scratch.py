@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,10 @@ class Daemon:
 
 
 @contextmanager
-def scratch_daemon(directory: Path, **settings: str | int) -> Iterator[Daemon]:
-    """A ready daemon; `settings` are configuration keys with `__` for the dot (`cpu__bytes="1GiB"`)."""
+def scratch_daemon(directory: Path, *, program: Sequence[str] = ("-m", "tierd"), **settings: str | int) -> Iterator[Daemon]:
+    """A ready daemon; `settings` are configuration keys with `__` for the dot (`cpu__bytes="1GiB"`). `program` is what Python
+    runs.
+    """
     with scratch_folder(directory) as state, tempfile.TemporaryDirectory(prefix="tierd-") as sockets:
         nothing = state / "empty.toml"
         nothing.touch()
@@ -94,7 +96,7 @@ def scratch_daemon(directory: Path, **settings: str | int) -> Iterator[Daemon]:
             "limits.drain_seconds_max": "0.01",
             **{name.replace("__", "."): str(value) for name, value in settings.items()},
         }
-        command = [sys.executable, "-m", "tierd", "serve", "--config", str(nothing)]
+        command = [sys.executable, *program, "serve", "--config", str(nothing)]
         command += [f"--set={name}={value}" for name, value in given.items()]
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("TIERD_", "LISTEN_"))}
         log = state / "log"

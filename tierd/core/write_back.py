@@ -30,6 +30,11 @@ from tierd.core.transfers import Transfers
 TURNS = 4
 """A queue remembers as many blocks as fit into the tiers above this many times: older ones are hardly in memory still.
 """
+BLOCKS_MAX = 256
+"""Of one transfer."""
+SHARE, TRANSFERS_MIN = 0.25, 4
+"""Of the memory above that transfers to a tier may pin: a store that evicts the rest never waits for them. Where that is
+little, few transfers keep the medium as busy as many small ones, and cost less."""
 RUN_BYTES_MAX = 1024 * HASH_BYTES
 """A run that long is not joined with more: it is matched again for each part of it that is planned."""
 
@@ -140,6 +145,14 @@ class WriteBack:
         for queue in self.queues.values():
             queue.runs.clear()
             queue.blocks = 0
+
+    def share(self, target: int) -> int:
+        """How many blocks may be on their way to a tier at a time."""
+        return int(sum(pool.slots for pool in self._pools[:target]) * SHARE)
+
+    def piece(self, target: int) -> int:
+        """How many of them may be one transfer."""
+        return max(1, min(BLOCKS_MAX, self.share(target) // TRANSFERS_MIN))
 
     def plan(self, target: int, blocks_max: int) -> bool:
         """Plan one transfer of at most `blocks_max` blocks to a tier; False when nothing can be planned now.

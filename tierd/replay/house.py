@@ -20,7 +20,6 @@ from tierd.core.pool import Pool
 from tierd.errors import Busy, Gone
 
 SESSION = 1
-WRITE_BACK_BLOCKS = 256
 
 
 class House:
@@ -62,7 +61,7 @@ class House:
         if at * HASH_BYTES < len(hashes):
             self._store(hashes[at * HASH_BYTES :], hashes[(at - 1) * HASH_BYTES : at * HASH_BYTES] if at else ROOT, now)
         for target in self.cache.write_back.queues:
-            while self.cache.plan_write_back(target, WRITE_BACK_BLOCKS):
+            while self.cache.plan_write_back(target, self.cache.write_back.piece(target)):
                 self._move(now)
         return at
 
