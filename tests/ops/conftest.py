@@ -37,34 +37,17 @@ def unit(machine: Machine) -> Iterator[Unit]:
     machine.run("systemctl", "daemon-reload")
 
 
-class Load:
-    """The program of `load.py` in the machine; one method for each of its commands."""
+class Program:
+    """A module of these tests that runs in the machine, and answers each line with one line of JSON."""
 
-    def __init__(self, machine: Machine, chains: int, deadline_seconds: float) -> None:
-        python = str(machine.tierd.with_name("python"))
-        arguments = ["-m", "tests.ops.load", f"--chains={chains}", f"--deadline={deadline_seconds}"]
-        command = machine.enter(python, *arguments)
+    def __init__(self, machine: Machine, *arguments: str) -> None:
+        command = machine.enter(str(machine.tierd.with_name("python")), "-m", *arguments)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
 
-    def run(self) -> None:
-        """Store and load in the background."""
-        self._ask("run")
-
-    def pause(self) -> dict[str, Any]:
-        """Stop that; its sums."""
-        return dict(self._ask("pause"))
-
-    def fill(self) -> int:
-        """Store every chain once; how many blocks are committed."""
-        return int(self._ask("fill"))
-
-    def check(self) -> dict[str, Any]:
-        """Load all that was committed."""
-        return dict(self._ask("check"))
-
-    def _ask(self, command: str) -> Any:
+    def ask(self, line: str) -> Any:
+        """Its answer."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(command + "\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -80,6 +63,29 @@ class Load:
         self.process.stdout.close()
 
 
+class Load(Program):
+    """The program of `load.py`; one method for each of its commands."""
+
+    def __init__(self, machine: Machine, chains: int, deadline_seconds: float) -> None:
+        super().__init__(machine, "tests.ops.load", f"--chains={chains}", f"--deadline={deadline_seconds}")
+
+    def run(self) -> None:
+        """Store and load in the background."""
+        self.ask("run")
+
+    def pause(self) -> dict[str, Any]:
+        """Stop that; its sums."""
+        return dict(self.ask("pause"))
+
+    def fill(self) -> int:
+        """Store every chain once; how many blocks are committed."""
+        return int(self.ask("fill"))
+
+    def check(self) -> dict[str, Any]:
+        """Load all that was committed."""
+        return dict(self.ask("check"))
+
+
 @pytest.fixture
 def load(machine: Machine) -> Iterator[Callable[..., Load]]:
     """Makes live engines, and ends them."""
@@ -92,3 +98,11 @@ def load(machine: Machine) -> Iterator[Callable[..., Load]]:
     yield make
     for one in made:
         one.end()
+
+
+@pytest.fixture
+def talk(machine: Machine) -> Iterator[Program]:
+    """A real engine, `talk.py`."""
+    engine = Program(machine, "tests.ops.talk")
+    yield engine
+    engine.end()

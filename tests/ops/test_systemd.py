@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ops.conftest import MEMORY, Load
+from tests.ops.conftest import MEMORY, Load, Program
 from tests.ops.load import CHAIN_BLOCKS, CHAIN_BYTES, LAYOUT
 from tests.ops.machine import DISK, Machine, Unit, until
 from tests.ops.prometheus import Prometheus, needs_prometheus
@@ -111,6 +112,24 @@ def test_nothing_in_memory_is_lost_whatever_ends_the_daemon(death: str, unit: Un
     assert status(unit)["sessions"] == 1, "the engine's session was resumed, not made anew beside the old one"
     if death == "watchdog":
         assert "Watchdog timeout" in unit.machine.journal()
+
+
+@pytest.mark.timeout(240, func_only=True)
+def test_a_real_engine_says_the_same_whatever_ends_the_daemon_under_it(unit: Unit, talk: Program) -> None:
+    """`tierd_engine` goes on while the daemon is restarted, killed and ended by the watchdog; then it has its prompts again."""
+    drop_in(unit, "WatchdogSec=2s")
+    unit.systemctl("start")
+    assert [talk.ask(str(number)) for number in range(8)] == [{"hit": 0, "same": True}] * 8
+    for death in ("restart", "SIGKILL", "SIGSTOP"):
+        pid = unit.pid()
+        with ThreadPoolExecutor(1) as other:
+            ending = other.submit(unit.systemctl if death == "restart" else unit.signal, death)
+            meanwhile = [talk.ask(str(number % 8)) for number in range(24)]
+            ending.result(60)
+        unit.wait_next_life(pid)
+        assert all(answer["same"] for answer in meanwhile), death
+        until(lambda: talk.ask("0")["hit"], "it does not come to the new life", 30)
+        assert [talk.ask(str(number)) for number in range(8)] == [{"hit": 192, "same": True}] * 8, death
 
 
 def test_accounts_are_the_same_to_the_byte_after_a_kill(unit: Unit, load: MakeLoad) -> None:
