@@ -12,7 +12,7 @@ N ?= 300
 WHEELS ?=
 TRACES ?=
 
-.PHONY: demo test test-systemd test-prometheus test-package test-vllm test-sglang check bench gpu quantisation policies dashboards manual pictures promises seen site wheel deb oracle torture venv clean
+.PHONY: demo test test-systemd test-prometheus test-package test-vllm test-sglang check bench gpu ptx quantisation policies dashboards manual pictures promises seen site wheel deb oracle torture venv clean
 
 demo: $(STAMP) $(MODEL)/fetched  ## one prompt cold, then from cpu, after kill -9, and from nvme
 	$(RUN) tierd_engine.demo
@@ -46,6 +46,9 @@ bench: $(STAMP)  ## what this machine and tierd on it can do
 
 gpu:  ## kernels on an NVIDIA GPU: tests and benchmarks; WHEELS=folder: offline, from the wheels in it
 	benchmarks/gpu/run.sh $(PYTHON) "$(WHEELS)"
+
+ptx: $(STAMP)  ## tierd/tiers/ptx: the kernels of the digest, compiled for a daemon that has no Triton
+	$(RUN) tierd_kernels.ahead tierd/tiers/ptx
 
 quantisation: $(STAMP) $(MODEL)/fetched  ## what quantised KV costs: the figures of docs/quantisation.md
 	OMP_WAIT_POLICY=PASSIVE $(RUN) benchmarks.quantisation

@@ -75,7 +75,7 @@ def test_only_the_clock_reads_a_clock() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("banned", ["torch", "transformers", "pickle"])
+@pytest.mark.parametrize("banned", ["torch", "triton", "transformers", "pickle"])
 def test_the_daemon_does_without(banned: str) -> None:
     """No module of tierd imports these, at the top or anywhere else."""
     imports = re.compile(rf"^\s*(import|from) {banned}\b", flags=re.MULTILINE)

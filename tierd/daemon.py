@@ -44,7 +44,8 @@ from tierd.tiers import io
 from tierd.tiers.gds import Measured, measure_all
 from tierd.tiers.io import cufile
 from tierd.tiers.io.probe import Choice, probe
-from tierd.tiers.paths import Paths, Speeds
+from tierd.tiers.kernels import DeviceDigests
+from tierd.tiers.paths import Paths
 from tierd.tiers.pins import Pins
 from tierd.tiers.state import StateDirectory
 from tierd.tiers.tier import DeviceTier, MemoryTier, NvmeTier, Tier
@@ -240,23 +241,35 @@ def open_tiers(config: Config, state: StateDirectory, gpus: list[Device], pins: 
     path = "direct" if choice.direct else "buffered"
     logger.info("io engine", engine=choice.engine, path=path, reason=choice.reason)
     engine = io.make(choice.engine, nvme.io_threads)
-    paths = Paths(choice.engine, gpus[0], speeds_of_gds(config, state, choice)) if gpus else Paths(choice.engine)
+    paths = open_paths(config, state, choice, gpus) if gpus else Paths(choice.engine)
     tiers.append(NvmeTier(nvme.bytes, nvme.segment_bytes, state, engine, paths))
     return tiers, io.Io(choice.engine, path, paths.gpu)
 
 
-def speeds_of_gds(config: Config, state: StateDirectory, choice: Choice) -> Speeds | None:
-    """How fast GPUDirect Storage is, and None where it does not work; raises Invalid if it is required then."""
+def open_paths(config: Config, state: StateDirectory, choice: Choice, gpus: list[Device]) -> Paths:
+    """The ways between GPUs and NVMe that work; raises Invalid if GPUDirect Storage is required and does not."""
     nvme = config.nvme
     found = Measured(None, (f"the io engine is {choice.engine} ({choice.reason}), it needs kvikio",))
     if choice.engine == "kvikio":
         found = measure_all(state.nvme_path, config.gpu.gpus, nvme.io_threads, nvme.probe_seconds_max)
     if found.speeds is None and nvme.require_gds:
         raise Invalid(f"nvme.require_gds = true, but GPUDirect Storage does not work at {state.nvme_path}: {found}")
-    if found.speeds:
-        cufile.start()
     logger.info("gpudirect storage", works=found.speeds is not None, found=str(found))
-    return found.speeds
+    if not found.speeds:
+        return Paths(choice.engine, gpus[0])
+    cufile.start()
+    return Paths(choice.engine, gpus[0], found.speeds, open_kernels(gpus, found.doubt))
+
+
+def open_kernels(gpus: list[Device], doubt: str) -> dict[int, DeviceDigests]:
+    """What computes digests on GPUs, by their numbers; none where there is a doubt, or a GPU takes no kernels."""
+    if not doubt:
+        try:
+            return {device.number: DeviceDigests(device) for device in gpus}
+        except OSError as error:
+            doubt = str(error)
+    logger.warning("digests of what goes straight are computed in host memory", reason=doubt)
+    return {}
 
 
 def open_gpus(config: Config) -> list[Device]:

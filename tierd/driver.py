@@ -1,4 +1,5 @@
-"""The CUDA driver by ctypes: one binding, for memory that processes share (`cuda`) and for copies (`client.pinned`).
+"""The CUDA driver by ctypes: one binding, for memory that processes share (`cuda`), for copies (`client.pinned`) and
+for kernels that were compiled beforehand (`tiers.kernels`).
 
 Nothing is loaded before the first `Context`. Then this process has the GPU's primary context, which torch and kvikio use too.
 The rules of this file: a context is current only within `with context`, so that the caller's own is never changed, and every
@@ -63,7 +64,7 @@ class CopyAttributes(Structure):
 
 
 DevicePointer, Handle, Flags = c_ulonglong, c_ulonglong, c_ulonglong
-_Context, _Stream, _Event = c_void_p, c_void_p, c_void_p
+_Context, _Stream, _Event, _Module, _Function = c_void_p, c_void_p, c_void_p, c_void_p, c_void_p
 _CALLS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
@@ -89,6 +90,8 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "cuMemGetAllocationPropertiesFromHandle": (POINTER(AllocationProperties), Handle),
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
     "cuMemHostUnregister": (c_void_p,),
+    "cuMemAlloc_v2": (POINTER(DevicePointer), c_size_t),
+    "cuMemFree_v2": (DevicePointer,),
     "cuMemsetD8_v2": (DevicePointer, c_ubyte, c_size_t),
     "cuMemcpyDtoH_v2": (c_void_p, DevicePointer, c_size_t),
     "cuMemcpyHtoD_v2": (DevicePointer, c_void_p, c_size_t),
@@ -99,6 +102,10 @@ _CALLS: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_void_p, c_void_p, c_size_t),
         *(POINTER(CopyAttributes), c_void_p, c_size_t, POINTER(c_size_t), _Stream),
     ),
+    "cuModuleLoadData": (POINTER(_Module), c_char_p),
+    "cuModuleGetFunction": (POINTER(_Function), _Module, c_char_p),
+    # Blocks of the grid, threads of a block, bytes of shared memory, stream; pointers to the values of the parameters.
+    "cuLaunchKernel": (_Function, *(c_uint,) * 6, c_uint, _Stream, POINTER(c_void_p), c_void_p),
     "cuStreamSynchronize": (_Stream,),
     "cuEventCreate": (POINTER(_Event), c_uint),
     "cuEventRecord": (_Event, _Stream),

@@ -28,7 +28,7 @@ from benchmarks.gpu.measure import Machine, Result, checksums, copies, copy_band
 OK, FAILED, NO_GPU = 0, 1, 3
 TESTS_SECONDS_MAX, DOCTOR_SECONDS_MAX, SECONDS_MAX = 240, 60, 420
 DAEMON_NEEDS = ("aiofiles", "msgpack", "prometheus_client", "uvloop")
-DAEMON_TESTS = ("tests/daemon/test_gpu.py",)
+DAEMON_TESTS = ("tests/daemon/test_gpu.py", "tests/cuda/test_kernels.py")
 ENGINE_NEEDS = ("accelerate", "safetensors", "tokenizers", "transformers")
 ENGINE_TESTS = ("tests/engine/test_engine_kernels.py", "tests/daemon/test_pinned_gpu.py")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -103,9 +103,9 @@ def parts(machine: Machine, with_daemon: bool, with_engine: bool) -> Iterator[It
     yield from (copies(machine, memory), pinned(machine), checksums(machine, memory))
     yield from (quantisation(machine, memory), decode(machine, memory))
     if with_daemon:
-        from benchmarks.gpu.service import client_copies, through_daemon
+        from benchmarks.gpu.service import client_copies, digests_by_driver, through_daemon
 
-        yield from (client_copies(machine), through_daemon(machine))
+        yield from (client_copies(machine), digests_by_driver(machine, memory), through_daemon(machine))
     if with_engine:
         from benchmarks.gpu.step import decode_beside_traffic
 

@@ -23,7 +23,9 @@ from benchmarks.gpu.measure import DIM, HEADS, LAYERS, REPEATS, TOKENS, Machine,
 from tierd.bench.scratch import Daemon, scratch_daemon
 from tierd.block import chain
 from tierd.client import Client
+from tierd.cuda import Device, DeviceArray
 from tierd.layout import Layout
+from tierd.tiers.kernels import DeviceDigests
 from tierd_engine.device import DevicePages, device_pages, views_of
 
 CASES = (("2 MiB", LAYERS, 128, 0.9), ("64 KiB", 1, 4096, 0.8))
@@ -33,6 +35,7 @@ STAGED, STAGED_SHARE_MIN = "a tensor a layer and part", 0.8
 SEGMENTS, SEGMENT_BYTES_MIN = 8, 16 << 20
 CHAINS = 6
 """So many chains fit the tier; the older ones are evicted."""
+DIGESTED_BYTES = 32 << 20
 PIN_SECONDS_MAX, DEADLINE_SECONDS = 30.0, 20.0
 
 
@@ -52,6 +55,21 @@ def client_copies(machine: Machine) -> Iterator[Result]:
                 move()
                 seconds = median(seconds_of(move) for _ in range(REPEATS))
                 yield against(plain, f"{verb} {name} blocks without a daemon, {kind}", far.numel(), seconds, None)
+
+
+def digests_by_driver(machine: Machine, memory: Result) -> Iterator[Result]:
+    """Digests as the daemon has them of blocks that go straight: a batch in each call, which waits. Only on a GPU."""
+    if machine.device != "cuda":
+        return
+    device = Device(torch.cuda.current_device())
+    compute = DeviceDigests(device)
+    batch = torch.zeros(DIGESTED_BYTES, dtype=torch.uint8, device=machine.device)
+    for name, length in (("2 MiB", 2 << 20), ("64 KiB", 64 << 10)):
+        rows = DeviceArray(device, batch.data_ptr(), len(batch) // length, length)
+        payloads = [rows[at] for at in range(len(rows))]
+        compute(payloads, length)
+        seconds = median(seconds_of(partial(compute, payloads, length)) for _ in range(REPEATS))
+        yield against(memory, f"digests of {len(rows)} {name} blocks by the driver, waited for", len(batch), seconds, None)
 
 
 def through_daemon(

@@ -25,7 +25,7 @@ PAYLOAD_BYTES_MIN = 248
 CHUNK_BYTES, STRIPE_BYTES, WORD_BYTES = 1024, 64, 8
 LANES = 8
 CHUNKS_AT_ONCE, PAYLOADS_AT_ONCE = 64, 4
-"""What a program sums and chains: two words in each of 128 threads, one lane in each of 32."""
+"""What a program sums and chains: four words in each of 128 threads, one lane in each of 32."""
 SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
     "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
@@ -58,17 +58,15 @@ def digest_kernel(payloads: torch.Tensor) -> torch.Tensor:
     if not count:
         return digests
     unit_words = 2 if payloads.stride(0) % 16 == payloads.data_ptr() % 16 == 0 else 1
-    stride = payloads.stride(0) // (WORD_BYTES * unit_words)
+    addresses = payloads.data_ptr() + payloads.stride(0) * torch.arange(count, device=payloads.device)
     table = _table(payloads.device)
     chunks = (length - 1) // CHUNK_BYTES
     sums = torch.empty((count, chunks, LANES), dtype=torch.int64, device=payloads.device)
     if chunks:
         at_once = min(CHUNKS_AT_ONCE, triton.next_power_of_2(chunks))
-        _sum_chunks[(count, triton.cdiv(chunks, at_once))](
-            payloads, table, sums, chunks, stride, UNIT=unit_words, CHUNKS=at_once
-        )
+        _sum_chunks[(count, triton.cdiv(chunks, at_once))](addresses, table, sums, chunks, UNIT=unit_words, CHUNKS=at_once)
     _chain_sums[(triton.cdiv(count, PAYLOADS_AT_ONCE),)](
-        payloads, table, sums, digests, count, length, chunks, stride, UNIT=unit_words, PAYLOADS=PAYLOADS_AT_ONCE, num_warps=1
+        addresses, table, sums, digests, count, length, chunks, PAYLOADS=PAYLOADS_AT_ONCE, num_warps=1
     )
     return digests
 
@@ -81,16 +79,16 @@ def digest_twin(payloads: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _sum_chunks(payloads, table, sums, chunks, stride, UNIT: tl.constexpr, CHUNKS: tl.constexpr):
-    """Program (payload, n) sums chunks n * CHUNKS to (n + 1) * CHUNKS - 1. `stride` counts UNIT words."""
+def _sum_chunks(addresses, table, sums, chunks, UNIT: tl.constexpr, CHUNKS: tl.constexpr):
+    """Program (payload, n) sums chunks n * CHUNKS to (n + 1) * CHUNKS - 1. Payloads are aligned to UNIT words."""
     payload = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)[:, None, None]
-    word = 2 * tl.arange(0, 4)[None, :, None] + tl.arange(0, 2)[None, None, :]
-    data = _words(payloads, UNIT) + payload * stride * UNIT + chunk * 128 + word
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)[None, :, None]
+    word = 2 * tl.arange(0, 4)[:, None, None] + tl.arange(0, 2)[None, None, :]  # first: neighbours in a warp read on
+    data = _words(tl.load(addresses + payload), UNIT) + chunk * 128 + word
     keys = _words(table, 2) + word
     inside = chunk < chunks
-    even = tl.full((CHUNKS, 4), 0, tl.uint64)
-    odd = tl.full((CHUNKS, 4), 0, tl.uint64)
+    even = tl.full((4, CHUNKS), 0, tl.uint64)
+    odd = tl.full((4, CHUNKS), 0, tl.uint64)
     for stripe in tl.static_range(16):
         plain = tl.load(data + stripe * 8, mask=inside, other=0)
         plain_even, plain_odd = tl.split(plain)
@@ -101,7 +99,7 @@ def _sum_chunks(payloads, table, sums, chunks, stride, UNIT: tl.constexpr, CHUNK
 
 
 @triton.jit
-def _chain_sums(payloads, table, sums, digests, count, length, chunks, stride, UNIT: tl.constexpr, PAYLOADS: tl.constexpr):
+def _chain_sums(addresses, table, sums, digests, count, length, chunks, PAYLOADS: tl.constexpr):
     """Program n makes the digests of payloads n * PAYLOADS to (n + 1) * PAYLOADS - 1, `length` bytes each."""
     index = tl.program_id(0) * PAYLOADS + tl.arange(0, PAYLOADS)
     payload = index[:, None].to(tl.int64)
@@ -116,7 +114,7 @@ def _chain_sums(payloads, table, sums, digests, count, length, chunks, stride, U
         lanes = (lanes ^ (lanes >> 47) ^ scramble) * PRIME32_1
 
     # What is left is 1 to 16 stripes. The last of them ends where the payload does, and may overlap the one before.
-    data = _words(payloads, UNIT) + payload * stride * UNIT
+    data = tl.load(addresses + payload, mask=inside, other=0).to(tl.pointer_type(tl.uint64))
     for stripe in range(0, (length - 1) % 1024 // 64):
         lanes += _stripe(data + chunks * 128 + stripe * 8, keys + stripe * 8, lane, inside)
     lanes += _stripe(data + (length - 64) // 8, keys + LAST * 8, lane, inside)

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CUDA, CUFILE = "libcuda.so.1", "libcufile.so.0"
-SOURCES = (HERE / "device.c", HERE.parent / "contract" / "stub_libcuda.c")
+SOURCES = (HERE / "device.c", HERE / "ptx.c", HERE.parent / "contract" / "stub_libcuda.c")
 """What a later one defines counts only where no earlier one does: its functions are weak."""
 PAGE_BYTES = 4096
 COMPILE_SECONDS_MAX = 120

@@ -10,7 +10,7 @@
  *   STUB_CUDA_DEVICES (1), STUB_CUDA_GRANULARITY (2 MiB), STUB_CUDA_BYTES (1 GiB: what the device says it has),
  *   STUB_CUDA_ALLOCATION_BYTES_MAX (1 GiB: what can be had at once), STUB_CUDA_LACKS (numbers of device
  *   attributes that are 0, such as "103"), STUB_CUDA_IMPORT_FAILS (a path: while a file is there, no descriptor can be imported),
- *   STUB_CUDA_PINS_REFUSED (no host memory can be registered)
+ *   STUB_CUDA_PINS_REFUSED (no host memory can be registered). Kernels are executed by ptx.c.
  */
 
 #define _GNU_SOURCE
@@ -51,6 +51,9 @@ CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCES
 
 CUresult cuGetErrorName(CUresult error, const char **name) {
     switch (error) {
+        case CUDA_ERROR_ILLEGAL_ADDRESS: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;
+        case CUDA_ERROR_UNSUPPORTED_PTX_VERSION: *name = "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"; break;
+        case CUDA_ERROR_INVALID_PTX: *name = "CUDA_ERROR_INVALID_PTX"; break;
         case CUDA_ERROR_INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
         case CUDA_ERROR_OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
         case CUDA_ERROR_NOT_INITIALIZED: *name = "CUDA_ERROR_NOT_INITIALIZED"; break;
@@ -309,6 +312,29 @@ CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute *attribu
         if (result) return result;
     }
     return CUDA_SUCCESS;
+}
+
+CUresult cuMemAlloc_v2(CUdeviceptr *out, size_t size) {
+    CUdevice device;
+    if (cuCtxGetDevice(&device)) return CUDA_ERROR_INVALID_CONTEXT;
+    char *start = size ? mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) : MAP_FAILED;
+    if (start == MAP_FAILED) return size ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_ERROR_INVALID_VALUE;
+    memset(start, 0xa5, size);
+    pthread_mutex_lock(&lock);
+    CUresult result = enter(mapped, start, size);
+    if (!result) *covering(mapped, start, size) = (struct range){start, size, 1, device};
+    pthread_mutex_unlock(&lock);
+    *out = (CUdeviceptr)start;
+    return result;
+}
+
+CUresult cuMemFree_v2(CUdeviceptr address) {
+    pthread_mutex_lock(&lock);
+    struct range *range = covering(mapped, (char *)address, 1);
+    int whole = range && range->start == (char *)address;
+    if (whole) munmap(range->start, range->size), range->size = 0;
+    pthread_mutex_unlock(&lock);
+    return whole ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult cuMemsetD8_v2(CUdeviceptr target, unsigned char byte, size_t size) {

@@ -1,4 +1,5 @@
-"""With an emulated GPU and cuFile, in a process of its own: `python -m tests.cuda.straight FOLDER` says what blocks became."""
+"""With an emulated GPU and cuFile, in a process of its own: `python -m tests.cuda.straight FOLDER gpu|host` says what
+blocks became whose digests are computed there."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ import numpy as np
 
 from tierd.cuda import Device, DeviceArray
 from tierd.layout import Layout, Namespace
+from tierd.tiers.gds import ON_GPU
 from tierd.tiers.io import cufile, make
-from tierd.tiers.nvme import FileSegment, slots_path
+from tierd.tiers.kernels import DeviceDigests
+from tierd.tiers.nvme import READ_FAILED, FileSegment, slots_path
 from tierd.tiers.paths import DIRECTIONS, Paths, Speeds, download, upload
 
 LAYOUT = Layout(layers=1, kv_heads=1, head_dim=1000, dtype="float16")
@@ -22,8 +25,8 @@ BLOCKS = 300
 """More than the staging memory of a thread holds, so that digests and bounces come in parts."""
 
 
-def main(folder: Path) -> dict[str, Any]:
-    """Write blocks each way and read them the other, damage one, and read them again."""
+def main(folder: Path, digested: str) -> dict[str, Any]:
+    """Write blocks each way and read them the other, damage one, and read them again; then have the file end too early."""
     engine, device, layout = make("kvikio", 4), Device(0), LAYOUT
     assert cufile.start()
     size = BLOCKS * layout.slot_bytes
@@ -31,8 +34,9 @@ def main(folder: Path) -> dict[str, Any]:
     device.map(address, size, device.create(size))
     rows = DeviceArray(device, address, BLOCKS, layout.slot_bytes)
     payloads = [rows[at] for at in range(BLOCKS)]
+    kernels = {0: DeviceDigests(device)} if digested == ON_GPU else {}
     straight, bounce = (
-        Paths("kvikio", device, Speeds({way: {layout.block_bytes: speeds} for way in DIRECTIONS}))
+        Paths("kvikio", device, Speeds({way: {layout.block_bytes: speeds} for way in DIRECTIONS}), kernels)
         for speeds in ((2.0, 1.0), (1.0, 2.0))
     )
     slots, answer = np.arange(BLOCKS), {}
@@ -54,22 +58,27 @@ def main(folder: Path) -> dict[str, Any]:
                 file.seek(place)
                 file.write(bytes([byte ^ 4]))
         again = read.read(segment, slots, payloads)
+        failures = dict(segment.failures)
+        os.truncate(slots_path(segment.path), 0)
+        short = read.read(segment, slots, payloads)
         answer[name] = {
             "written": int(written.sum()),
             "read": int((codes == 0).sum()),
             "same": sum(same),
             "damaged": np.flatnonzero(again).tolist(),
             "codes": again[again != 0].tolist(),
-            "failures": dict(segment.failures),
+            "failures": failures,
+            "failed": int((short == READ_FAILED).sum()),
         }
     answer["bytes"] = {
         f"{which}.{path}.{way}": number
         for which, paths in (("straight", straight), ("bounce", bounce))
         for (path, way), number in paths.bytes.items()
     }
+    answer["staged"] = {"straight": hasattr(straight._staging, "memory"), "bounce": hasattr(bounce._staging, "memory")}
     answer["operations"] = {".".join(key): number for key, number in (cufile.operations() or {}).items() if number}
     return answer
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))

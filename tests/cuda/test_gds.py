@@ -17,7 +17,7 @@ import pytest
 from tests.contract.test_io_engines import need_kvikio
 from tests.cuda.build import environ, with_cufile
 from tests.cuda.straight import BLOCKS, LAYOUT
-from tierd.tiers.gds import SIZES, Measured, measure, measure_all
+from tierd.tiers.gds import IN_HOST, ON_GPU, SIZES, Measured, measure, measure_all
 from tierd.tiers.paths import BOUNCE, DIRECTIONS, GDS, READ, WRITE, Paths, Speeds
 
 PATIENCE_SECONDS = 60.0
@@ -38,11 +38,13 @@ def measured(folder: Path, environment: dict[str, str], monkeypatch: pytest.Monk
     return found
 
 
-def test_blocks_are_the_same_and_verified_whichever_way_they_take(emulation: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("digested", [ON_GPU, IN_HOST])
+def test_blocks_are_the_same_and_verified_whichever_way_they_take(emulation: Path, tmp_path: Path, digested: str) -> None:
     """What went one way is read the other way, byte for byte; a flipped bit of a payload is damage on both, one behind it is
-    not; cuFile counts just the blocks that went straight, and bytes are counted by path.
+    not, and what cannot be read at all has failed; cuFile counts just the blocks that went straight, and bytes are counted by
+    path. What is digested on the GPU is never copied to host memory.
     """
-    command = [sys.executable, "-m", "tests.cuda.straight", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.cuda.straight", str(tmp_path), digested]
     done = subprocess.run(command, env=os.environ | with_cufile(emulation), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -51,10 +53,12 @@ def test_blocks_are_the_same_and_verified_whichever_way_they_take(emulation: Pat
         told = answer[name]
         assert (told["written"], told["read"], told["same"]) == (BLOCKS, BLOCKS, BLOCKS), name
         assert (told["damaged"], told["codes"]) == ([7], [2]) and told["failures"] == {"read: digest differs": 1}
+        assert told["failed"] == BLOCKS
     good = 2 * moved - LAYOUT.block_bytes
     expected = {f"straight.{GDS}.{WRITE}": moved, f"straight.{GDS}.{READ}": good}
     assert answer["bytes"] == expected | {f"bounce.{BOUNCE}.{WRITE}": moved, f"bounce.{BOUNCE}.{READ}": good}
-    assert answer["operations"] == {"p2p.write": BLOCKS, "p2p.read": 2 * BLOCKS}
+    assert answer["operations"] == {"p2p.write": BLOCKS, "p2p.read": 3 * BLOCKS}
+    assert answer["staged"] == {"straight": digested == IN_HOST, "bounce": True}
 
 
 def test_what_works_is_measured_in_both_directions(emulation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +67,7 @@ def test_what_works_is_measured_in_both_directions(emulation: Path, tmp_path: Pa
     assert found.speeds is not None and not found.reasons
     assert {way: sorted(sizes) for way, sizes in found.speeds.measured.items()} == {way: list(SIZES) for way in DIRECTIONS}
     assert all(min(speeds) > 1e6 for sizes in found.speeds.measured.values() for speeds in sizes.values())
-    assert str(found).startswith("it works, and is faster in: ")
+    assert str(found).startswith("it works, and is faster in: ") and str(found).endswith("; digests are computed on the GPU")
 
 
 def test_a_slow_gds_is_not_used(emulation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +75,23 @@ def test_a_slow_gds_is_not_used(emulation: Path, tmp_path: Path, monkeypatch: py
     found = measured(tmp_path, with_cufile(emulation, STUB_CUFILE_MICROSECONDS="20000"), monkeypatch)
     assert found.speeds is not None
     assert not any(found.speeds.prefers_straight(way, size) for way in DIRECTIONS for size in SIZES)
-    assert str(found) == "it works, and is faster in: nothing"
+    assert str(found) == "it works, and is faster in: nothing; digests are computed on the GPU"
+
+
+@pytest.mark.parametrize(
+    ("setting", "doubt"),
+    [
+        ("STUB_CUDA_KERNELS_LIE", "Emulated Device 0 computed other digests of 65536 bytes than the CPU"),
+        ("STUB_CUDA_PTX_REFUSED", "cuModuleLoadData says CUDA_ERROR_UNSUPPORTED_PTX_VERSION (222)"),
+    ],
+)
+def test_where_a_gpu_cannot_digest_gds_works_with_digests_in_host_memory(
+    emulation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, doubt: str
+) -> None:
+    """It is measured as it will be used, every block came back right, and the text has the reason."""
+    found = measured(tmp_path, with_cufile(emulation, **{setting: "1"}), monkeypatch)
+    assert found.speeds is not None and not found.reasons
+    assert str(found).endswith(doubt) and "; digests are computed in host memory: " in str(found)
 
 
 def test_cufiles_compatibility_mode_is_not_taken_for_the_real_thing(

@@ -343,6 +343,7 @@ def test_where_gds_works_blocks_take_the_way_that_was_faster(
         Gpu(False, with_cufile(emulation)), nvme_io_engine="kvikio", nvme_require_gds="true", cpu_bytes=SEGMENT_BYTES
     )
     assert daemon.status()["io"]["gpu"] == "gds" and daemon.get("/readyz")[1].endswith("gpu gds\n")
+    assert "digests are computed on the GPU" in daemon.log and "in host memory" not in daemon.log
     with daemon.peer(layout=LAYOUT.to_map(), fingerprint=LAYOUT.fingerprint) as other:
         other.ask("store", hashes=hashes_of(99, SLOTS))
         client = connect(daemon)
@@ -357,6 +358,22 @@ def test_where_gds_works_blocks_take_the_way_that_was_faster(
         assert sum(taken.values()) == blocks * LAYOUT.block_bytes and taken["kvikio-host"] == 0
         straight = operations[f'tierd_cufile_operations_total{{direction="{direction}",way="p2p"}}']
         assert straight * LAYOUT.block_bytes == taken["gds"]
+
+
+def test_a_gpu_that_computes_wrong_digests_costs_no_block(launch: Callable[..., Daemon], connect: Any, emulation: Path) -> None:
+    """It is found out before the first block: the daemon says so once, and all blocks come back from NVMe as they were."""
+    need_kvikio()
+    load(emulation)
+    lying = Gpu(False, with_cufile(emulation, STUB_CUDA_KERNELS_LIE="1"))
+    daemon = launch(lying, nvme_io_engine="kvikio", nvme_require_gds="true", cpu_bytes=SEGMENT_BYTES)
+    client = connect(daemon)
+    for seed in range(4):
+        client.release(store(client, hashes_of(seed, SLOTS)))
+        daemon.ask("sync", deadline_ms=60_000)
+    found = find(client, hashes_of(0, SLOTS))
+    assert found.ready == found.tiers["nvme"] == SLOTS
+    assert daemon.log.count("digests of what goes straight are computed in host memory") == 1
+    assert "computed other digests of" in daemon.log
 
 
 @pytest.mark.parametrize(

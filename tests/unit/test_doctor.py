@@ -177,7 +177,8 @@ def test_gds_is_tried_where_the_gpu_tier_is_on_a_gpu(tmp_path: Path, emulation: 
     for variables, settings, level, says in (
         (environ(emulation, KVIKIO_COMPAT_MODE="ON"), {}, WARNING, "kvikio is in its compatibility mode"),
         (environ(emulation, KVIKIO_COMPAT_MODE="ON"), {"nvme_require_gds": "true"}, ERROR, "kvikio is in its"),
-        (with_cufile(emulation), {}, OK, "it works, and is faster in"),
+        (with_cufile(emulation), {}, OK, "digests are computed on the GPU"),
+        (with_cufile(emulation, STUB_CUDA_PTX_REFUSED="1"), {}, WARNING, "digests are computed in host memory: "),
     ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)

@@ -3,6 +3,8 @@
 All of it happens in a process of its own with a deadline: it loads drivers, and cuFile can spin for ever. Blocks of several
 sizes are written to a segment file and read back, by the very ways that the daemon would use, digests included. Then cuFile's
 statistics are asked which way the bytes took: its compatibility mode copies through host memory and looks like the real thing.
+Before that another process tries whether the GPU digests blocks of these sizes as the CPU does (`kernels.doubt`): if not,
+digests are computed in host memory, here and by the daemon.
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ from tierd.clock import monotonic_seconds
 from tierd.cuda import Device, DeviceArray
 from tierd.devices import gpu_number
 from tierd.layout import Layout, Namespace
+from tierd.tiers import kernels
 from tierd.tiers.io import IoEngine, cufile, make
 from tierd.tiers.io.probe import in_child
+from tierd.tiers.kernels import DeviceDigests
 from tierd.tiers.nvme import READ_OK, FileSegment
 from tierd.tiers.paths import BOUNCE, DIRECTIONS, GDS, READ, WRITE, Paths, Speeds, download, upload
 from tierd.tiers.segment import Geometry, Header, Medium
 
 SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
+DIGESTED = tuple(length for size in SIZES for length in (size, size - 1000))
+"""Lengths of payloads whose digests are tried: whole slots, and such that end within a stripe and within a chunk."""
+ON_GPU, IN_HOST = "gpu", "host"
+"""Where the trial has digests computed of what goes straight."""
 ROUND_BYTES = 16 << 20
 """What is written and read with each size and way, twice."""
 ROUNDS = 2
@@ -35,10 +43,11 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """The speeds, where it works, or else the reasons why not; at least one."""
+    """The speeds, where it works, or else the reasons why not; at least one. `doubt`: why the GPU does not compute digests."""
 
     speeds: Speeds | None
     reasons: tuple[str, ...] = ()
+    doubt: str = ""
 
     def __str__(self) -> str:
         if self.speeds is None:
@@ -46,14 +55,16 @@ class Measured:
         better = [
             f"{way} from {size >> 10} KiB" for way in DIRECTIONS for size in SIZES if self.speeds.prefers_straight(way, size)
         ]
-        return f"it works, and is faster in: {', '.join(better) or 'nothing'}"
+        digested = f"digests are computed in host memory: {self.doubt}" if self.doubt else "digests are computed on the GPU"
+        return f"it works, and is faster in: {', '.join(better) or 'nothing'}; {digested}"
 
 
 def measure(folder: Path, device: str, threads: int, timeout_seconds: float) -> Measured:
-    """Try it in `folder`. Blocks up to `timeout_seconds` and a little; whatever fails is a reason."""
+    """Try it in `folder`. Blocks up to twice `timeout_seconds` and a little; whatever fails is a reason."""
+    doubt = kernels.doubt(device, DIGESTED, timeout_seconds)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".gds-", ignore_cleanup_errors=True) as scratch:
-            arguments = scratch, device, str(threads)
+            arguments = scratch, device, str(threads), IN_HOST if doubt else ON_GPU
             failure, output = in_child("tierd.tiers.gds", *arguments, timeout_seconds=timeout_seconds)
     except OSError as error:
         failure, output = str(error), ""
@@ -63,7 +74,8 @@ def measure(folder: Path, device: str, threads: int, timeout_seconds: float) -> 
     if answer["reasons"]:
         return Measured(None, tuple(answer["reasons"]))
     rows = answer["measured"]
-    return Measured(Speeds({way: {int(size): (one, two) for size, (one, two) in rows[way].items()} for way in DIRECTIONS}))
+    speeds = Speeds({way: {int(size): (one, two) for size, (one, two) in rows[way].items()} for way in DIRECTIONS})
+    return Measured(speeds, doubt=doubt)
 
 
 def measure_all(folder: Path, devices: list[str], threads: int, timeout_seconds: float) -> Measured:
@@ -73,7 +85,8 @@ def measure_all(folder: Path, devices: list[str], threads: int, timeout_seconds:
         return Measured(None, tuple(reasons))
     rows = [one.speeds.measured for one in found.values() if one.speeds]
     slowest = {way: {size: _slowest([row[way][size] for row in rows]) for size in rows[0][way]} for way in rows[0]}
-    return Measured(Speeds(slowest))
+    doubts = [f"{name}: {one.doubt}" for name, one in found.items() if one.doubt]
+    return Measured(Speeds(slowest), doubt="; ".join(doubts))
 
 
 def _slowest(speeds: list[tuple[float, float]]) -> tuple[float, float]:
@@ -81,7 +94,7 @@ def _slowest(speeds: list[tuple[float, float]]) -> tuple[float, float]:
     return min(straight), min(bounce)
 
 
-def _try(folder: Path, name: str, threads: int) -> dict[str, object]:
+def _try(folder: Path, name: str, threads: int, digested: str) -> dict[str, object]:
     """In the child: what `measure` reads."""
     import kvikio.defaults
 
@@ -94,7 +107,7 @@ def _try(folder: Path, name: str, threads: int) -> dict[str, object]:
     counts, device = cufile.start(), Device(number)
     address = device.reserve(size := -(-ROUND_BYTES // device.granularity) * device.granularity)
     device.map(address, size, device.create(size))
-    trial = _Trial(folder, engine, device, address)
+    trial = _Trial(folder, engine, device, address, {number: DeviceDigests(device)} if digested == ON_GPU else {})
     measured = {size: trial.run(size) for size in SIZES}
     rows = {way: {size: [found[path, way] for path in (GDS, BOUNCE)] for size, found in measured.items()} for way in DIRECTIONS}
     return {"reasons": _doubts(cufile.operations() if counts else None), "measured": rows}
@@ -116,10 +129,11 @@ def _doubts(operations: Counter[tuple[str, str]] | None) -> list[str]:
 class _Trial:
     """Moves blocks of one size at a time between `address` on the device and a file."""
 
-    def __init__(self, folder: Path, engine: IoEngine, device: Device, address: int) -> None:
+    def __init__(self, folder: Path, engine: IoEngine, device: Device, address: int, kernels: dict[int, DeviceDigests]) -> None:
         self._folder, self._engine, self._device, self._address = folder, engine, device, address
         always, never = ({way: {1: speeds} for way in DIRECTIONS} for speeds in ((1.0, 0.0), (0.0, 1.0)))
-        self._paths = {GDS: Paths("kvikio", device, Speeds(always)), BOUNCE: Paths("kvikio", device, Speeds(never))}
+        straight, bounce = (Paths("kvikio", device, Speeds(choice), kernels) for choice in (always, never))
+        self._paths = {GDS: straight, BOUNCE: bounce}
 
     def run(self, size: int) -> Counter[tuple[str, str]]:
         """Bytes a second by path and direction; the best of all rounds. Raises ValueError when other bytes come back."""
@@ -156,5 +170,5 @@ class _Trial:
 
 
 if __name__ == "__main__":
-    _, folder_name, device_name, thread_count = sys.argv
-    print(json.dumps(_try(Path(folder_name), device_name, int(thread_count))))
+    _, folder_name, device_name, thread_count, digests_on = sys.argv
+    print(json.dumps(_try(Path(folder_name), device_name, int(thread_count), digests_on)))

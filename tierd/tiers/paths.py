@@ -4,14 +4,15 @@ From and to host memory an io engine moves bytes by itself. For a GPU's memory t
 Storage, and through a buffer of host memory ("bounce"). Which one is faster depends on the machine, the direction and the size
 of a block, so it was measured (`Speeds`, by the probe); without GPUDirect Storage there is only the buffer.
 
-Both ways are verified by the digest of segment files, computed in host memory: what goes straight is copied there for that.
+Both ways are verified by the digest of segment files. Of what goes straight the GPU computes it, where its kernels were tried
+and found right; otherwise it is copied to host memory for that.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, local
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from tierd.cuda import Device, DeviceArray
 from tierd.log import get_logger
 from tierd.tiers.directory import Slots
+from tierd.tiers.kernels import DeviceDigests, can_digest
 from tierd.tiers.nvme import READ_FAILED, READ_OK, FileSegment, digests
 
 log = get_logger("paths")
@@ -52,12 +54,19 @@ class Speeds:
 class Paths:
     """Moves payloads of memory tiers to and from file segments. Thread safe; every call blocks its thread.
 
-    `device` is the GPU that payloads may be on, `speeds` what was measured where GPUDirect Storage works.
+    `device` is the GPU that payloads may be on (or one of several), `speeds` what was measured where GPUDirect Storage works,
+    `kernels` what computes digests on a GPU, by its number, where that was tried.
     """
 
-    def __init__(self, engine: str, device: Device | None = None, speeds: Speeds | None = None) -> None:
+    def __init__(
+        self,
+        engine: str,
+        device: Device | None = None,
+        speeds: Speeds | None = None,
+        kernels: Mapping[int, DeviceDigests] | None = None,
+    ) -> None:
         self.host = HOST_PATHS.get(engine, engine)
-        self.device, self.speeds = device, speeds
+        self.device, self.speeds, self._kernels = device, speeds, kernels or {}
         self.bytes: Counter[tuple[str, str]] = Counter()
         """Payload bytes that have arrived, by path and direction."""
         self._lock = Lock()
@@ -121,8 +130,12 @@ class Paths:
             self.bytes[path, direction] += blocks * segment.header.geometry.payload_bytes
 
     def _digests(self, payloads: Sequence[DeviceArray], payload_bytes: int) -> NDArray[np.uint64]:
-        """Digests of what is in device memory."""
+        """Digests of what is in the memory of one device: computed there, or in parts in host memory."""
         computed = np.empty(len(payloads), np.uint64)
+        if not payloads:
+            return computed
+        if (kernels := self._kernels.get(payloads[0].device.number)) and can_digest(payload_bytes):
+            return kernels(payloads, payload_bytes)
         for part, staged in self._staged(payloads):
             download(staged, payloads[part])
             computed[part] = digests(staged, payload_bytes)
