@@ -134,7 +134,7 @@ class Client:
             connection = self.session.connection()
             arguments = {"hashes": hashes[: self.session.blocks_max * HASH_BYTES], "parent": parent}
             reply = connection.request("prefetch", arguments, self.deadline_seconds)
-            self.session.answered()
+            self.session.absence.answered()
             blocks = int(reply["blocks"])
         return blocks
 
@@ -199,7 +199,7 @@ class Client:
             connection = self.session.connection()
             arguments = {"hashes": hashes[: asked * HASH_BYTES], "parent": parent}
             reply = connection.request("lookup", arguments, self.deadline_seconds, undo="release")
-            self.session.answered()
+            self.session.absence.answered()
             found = Lookup(self._context, asked, connection, reply)
         self._context.count_tiers(found.tiers)
         return found
