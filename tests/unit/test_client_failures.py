@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import resource
 import socket
 import time
@@ -89,9 +90,7 @@ def test_one_late_answer_is_no_absence_and_two_in_a_row_are(
     memory.before = None
     assert until(lambda: client.load(names(1), content(1), [0]) == 1)
     away, back = [record.getMessage() for record in caplog.records if record.name == "tierd.client"]
-    assert away == (
-        "tierd is away (lookup: the daemon did not answer within 0.2 s): engine-7 goes on without it until it is back"
-    )
+    assert re.fullmatch(r"tierd is away \(lookup: the daemon did not answer within \S+ s\): engine-7 goes on .*", away)
     assert back.startswith("tierd is back on ")
 
 
