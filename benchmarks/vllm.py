@@ -26,6 +26,8 @@ from tierd.layout import Layout
 
 PROMPT_TOKENS, BLOCK_TOKENS = 128 * 1024, 16
 ROUNDS = 200
+WORKERS = (1, 2, 4, 8)
+"""That share a model, each with its namespace."""
 SMOL = Path(".build/models/SmolLM2-135M-Instruct")
 PREFIX_TOKENS, SMOL_BLOCK = 2016, 32
 SMOL_TOKEN_BYTES = 30 * 2 * 3 * 64 * 4
@@ -39,36 +41,49 @@ def main() -> None:
 
 def scheduler() -> None:
     """Look-ups of a long prompt, all of it cached, and steps in which nothing is to be done."""
-    from tierd_engine.connectors.vllm.scheduler import SchedulerSide
-    from tierd_engine.connectors.vllm.shards import Shards
-
     layout = Layout(1, 1, 64, "uint8", block_tokens=BLOCK_TOKENS, kv_parts=1)
     hashes = chain(list(range(PROMPT_TOKENS + 1)), BLOCK_TOKENS)
     blocks = len(hashes) // 32
-    with daemon(cpu_bytes=256 << 20, cpu_segment_bytes=16 << 20) as served:
-        filler = Client(served.socket, model="bench", layout=layout)
+    with daemon(cpu_bytes=512 << 20, cpu_segment_bytes=16 << 20) as served:
         pool = np.zeros((blocks, layout.block_bytes), np.uint8)
-        assert filler.store(hashes, pool, np.arange(blocks)).stored == blocks
-        side = SchedulerSide(
-            Shards([Client(served.socket, model="bench", layout=layout)]), BLOCK_TOKENS, True, True, True, 1 << 20
-        )
-        found: list[float] = []
-        for number in range(ROUNDS):
-            request = running(str(number), hashes, computed=0)
-            took = seconds(lambda: side.match(request, 0))  # noqa: B023
-            assert side._requests[str(number)].offered == blocks
-            found.append(took)
-            side.finished(request, [])
-        report("look-up of 128k tokens, all cached", found)
+        parts = [Client(served.socket, model=f"bench {rank}", layout=layout) for rank in range(max(WORKERS))]
+        for client in parts:
+            assert client.store(hashes, pool, np.arange(blocks)).stored == blocks
+        for workers in WORKERS:
+            report(f"look-up of 128k tokens, all cached, {workers} workers", lookups(parts[:workers], hashes, blocks))
         for count in (8, 64, 256):
-            requests = [running(f"d{number}", hashes, computed=PROMPT_TOKENS + 3) for number in range(count)]
-            for request in requests:
-                side._track(request).stored = blocks
-            output = SimpleNamespace(num_scheduled_tokens={request.request_id: 1 for request in requests})
-            report(f"step of {count} requests without work", [seconds(lambda: side.plan(output)) for _ in range(ROUNDS)])  # noqa: B023
-            side._requests.clear()
-        side.close()
-        filler.close()
+            report(f"step of {count} requests without work", steps(parts[:1], hashes, blocks, count))
+        for client in parts:
+            client.close()
+
+
+def side_of(clients: list[Client]) -> Any:
+    """The connector's side in the scheduler."""
+    from tierd_engine.connectors.vllm.scheduler import SchedulerSide
+    from tierd_engine.connectors.vllm.shards import Shards
+
+    return SchedulerSide(Shards(clients), BLOCK_TOKENS, True, True, True, 1 << 20)
+
+
+def lookups(clients: list[Client], hashes: bytes, blocks: int) -> list[float]:
+    """Seconds that the scheduler waits, each time for all of the prompt."""
+    side, found = side_of(clients), []
+    for number in range(ROUNDS):
+        request = running(str(number), hashes, computed=0)
+        found.append(seconds(lambda: side.match(request, 0)))  # noqa: B023
+        assert side._requests[str(number)].offered == blocks
+        side.finished(request, [])
+    return found
+
+
+def steps(clients: list[Client], hashes: bytes, blocks: int, count: int) -> list[float]:
+    """Seconds of a step of so many requests of which everything is stored."""
+    side = side_of(clients)
+    requests = [running(f"d{number}", hashes, computed=PROMPT_TOKENS + 3) for number in range(count)]
+    for request in requests:
+        side._track(request).stored = blocks
+    output = SimpleNamespace(num_scheduled_tokens={request.request_id: 1 for request in requests})
+    return [seconds(lambda: side.plan(output)) for _ in range(ROUNDS)]
 
 
 def ttft() -> None:

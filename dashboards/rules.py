@@ -1,6 +1,7 @@
 """Recording and alert rules for Prometheus.
 
-An alert says what is wrong (summary), what it means (description) and where to read on (a section of dashboards/runbook.md).
+An alert says what is wrong (summary), what it means (description) and where to read on: a section of dashboards/runbook.md, at
+the place where the Debian package puts it.
 Nothing here names a job but the two that ask whether a daemon is there: they expect `job="tierd"`, as in prometheus/scrape.yml.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-RUNBOOK = "dashboards/runbook.md"
+RUNBOOK = "/usr/share/tierd/dashboards/runbook.md"
 BY = "job, instance"
 HIT = 'tier=~"gpu|cpu|nvme"'
 RECORDED = {

@@ -25,6 +25,17 @@ ln -s python3 "$root$prefix/bin/python"
 find "$root$prefix/bin" -type f ! -name tierd -delete # what needs torch, and numpy's own
 sed -i "1s|.*|#!$prefix/bin/python3|" "$root$prefix/bin/tierd"
 
+# What people and their tools look for elsewhere: man pages, dashboards with rules and runbook, completions.
+install -d "$root/usr/share/tierd"
+mv "$root$prefix/share/man" "$root/usr/share/man"
+gzip -9n "$root"/usr/share/man/man1/*
+mv "$root$prefix/share/tierd/dashboards" "$root/usr/share/tierd/dashboards"
+for file in bash-completion/completions/tierd zsh/vendor-completions/_tierd fish/vendor_completions.d/tierd.fish; do
+    install -d "$root/usr/share/${file%/*}"
+    PYTHONPATH="$root$prefix/lib/python3.$minor/site-packages" PYTHONDONTWRITEBYTECODE=1 \
+        "$python" -m tierd completion "${file%%[-/]*}" >"$root/usr/share/$file"
+done
+
 install -d "$root/usr/bin"
 ln -s "$prefix/bin/tierd" "$root/usr/bin/tierd"
 for unit in tierd.service tierd.socket tierd-metrics.socket; do

@@ -11,7 +11,9 @@ HEAD = """\
 
 Every figure below was written by the tests that are named beside it, in the run of {date} on a machine with {cores} cores,
 {memory_gib} GiB and Linux {kernel} (Python {python}): counts and times of one run, no averages, and the machine may have had
-other work. `make promises` runs them again and makes this page; it makes none after a run in which a test failed.
+other work. `make promises` runs them again and makes this page; it makes none after a run in which a test failed. Of every
+change it is asked that these tests pass, not that the figures stay. In the tests of the service the engine is a client that
+stores, loads and checks every byte (`tests/ops/load.py`): neither vLLM nor `tierd-engine` has been run beside it.
 """
 TAIL = """\
 ## What is not promised

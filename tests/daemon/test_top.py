@@ -10,15 +10,21 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from tests.daemon.conftest import Start
 from tests.daemon.harness import Daemon, hashes_of, readable
 from tierd.cli import OK, UNREACHABLE, USAGE
+from tierd.cli.screen import screen
+from tierd.cli.top import look
 from tierd.clock import monotonic_seconds
 
-LINES, COLUMNS = 45, 140
+SIZES = ((24, 80), (45, 140))
+"""Lines and columns: the smallest terminal that anybody has, and a large one."""
 SECONDS_MAX = 20.0
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 HOME = "\x1b[H"
@@ -28,9 +34,9 @@ LEAVES_SCREEN = "\x1b[?1049l"
 class Terminal:
     """A pseudo-terminal with `tierd top` in it."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, lines: int, columns: int) -> None:
         self._ours, self._theirs = os.openpty()
-        fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("4H", LINES, COLUMNS, 0, 0))
+        fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
         self.before = termios.tcgetattr(self._theirs)
         command = [sys.executable, "-m", "tierd", "top", "--interval", "0.2", "--runtime-dir", str(daemon.runtime)]
         files = {"stdin": self._theirs, "stdout": self._theirs, "stderr": self._theirs}
@@ -74,10 +80,10 @@ class Terminal:
         os.close(self._theirs)
 
 
-@pytest.fixture
-def terminal(daemon: Daemon) -> Iterator[Terminal]:
+@pytest.fixture(params=SIZES, ids=["80x24", "140x45"])
+def terminal(daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[Terminal]:
     """A terminal that watches a small daemon."""
-    terminal = Terminal(daemon)
+    terminal = Terminal(daemon, *request.param)
     yield terminal
     terminal.end()
 
@@ -104,6 +110,47 @@ def test_the_screen_follows_the_daemon_and_is_left_as_it_was(daemon: Daemon, ter
     terminal.read_until(lambda _: LEAVES_SCREEN in terminal.output)
     assert terminal.process.wait(SECONDS_MAX) == OK
     assert terminal.modes() == terminal.before
+
+
+@pytest.mark.parametrize("kinds", [{}, {"pending": 5, "gpu": 123_456_789}])
+def test_numbers_and_headings_are_whole_in_80_columns(daemon: Daemon, kinds: dict[str, int]) -> None:
+    """A large machine, whose names are long, in the smallest terminal: names give way, and all is on 24 lines."""
+    with daemon.peer(model="organisation/model-of-the-largest-size-instruct", client="vllm-scheduler"):
+        small = look(daemon.admin)
+    large = deepcopy(small)
+    large["uptime_seconds"] += 1.0
+    large["lookup_blocks"] |= {"cpu": 456_789_012, "nvme": 345_678_901, "miss": 234_567_890, **kinds}
+    for tier in large["tiers"].values():
+        tier["slots"] |= {"ready": 1_234_567, "free": 2_345_678, "filling": 12_345}
+        tier["limit_bytes"], tier["used_bytes"] = 999 << 40, 998 << 40
+    large["transfers"] = [
+        {"reason": reason, "source": source, "target": target, "bytes": 123 << 40}
+        for reason, source, target in (("demand", "nvme", "cpu"), ("prefetch", "nvme", "cpu"), ("write_back", "cpu", "nvme"))
+    ]
+    large["namespaces"][0]["blocks"] = 3_456_789
+    console = Console(width=SIZES[0][1], file=StringIO())
+    console.print(screen(large, small))
+    shown = console.file.getvalue()
+    assert len(shown.splitlines()) <= SIZES[0][0], shown
+    for whole in (
+        *(
+            "tier",
+            "used",
+            "limit",
+            "ready",
+            "free",
+            "filling",
+            "evict/s",
+            "drop/s",
+            "blocks asked",
+            "found",
+            "where",
+            "transfers",
+        ),
+        *("bytes/s", "since start", "namespace", "model", "asked now", "blocks", "clients", "998.0 TiB", "999.0 TiB"),
+        *("1,234,567", "2,345,678", "12,345", "123.0 TiB", "3,456,789", f"{sum(large['lookup_blocks'].values()):,}"),
+    ):
+        assert re.search(rf"(?<![\w,.]){re.escape(whole)}(?![\w,.…])", shown), f"{whole}:\n{shown}"
 
 
 def test_a_daemon_that_goes_away_is_waited_for(daemon: Daemon, terminal: Terminal) -> None:

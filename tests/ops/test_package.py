@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -66,6 +67,38 @@ def test_it_serves_from_a_fresh_environment(kind: str, built: Path, short_path: 
     subprocess.run([tierd, "install-service", "--root", short_path / "root"], check=True, **said)
     unit = (short_path / "root/etc/systemd/system/tierd.service").read_text()
     assert f"ExecStart={tierd} serve" in unit
+    assert same_files(short_path / "venv/share/tierd/dashboards")
+
+
+def same_files(dashboards: Path) -> bool:
+    """Whether a folder has all that an operator is told to take from `dashboards/`, as it is there."""
+    folders = ("grafana", "prometheus", "provisioning")
+    files = [
+        CHECKOUT / "dashboards/runbook.md",
+        *(one for name in folders for one in (CHECKOUT / "dashboards" / name).rglob("*.*")),
+    ]
+    taken = [dashboards / file.relative_to(CHECKOUT / "dashboards") for file in files]
+    return len(files) > 8 and all(one.read_bytes() == file.read_bytes() for one, file in zip(taken, files, strict=True))
+
+
+def test_the_debian_package_has_what_is_read_where_it_is_looked_for(built: Path, short_path: Path) -> None:
+    """A man page for each command, completions for three shells, dashboards, and the runbook at the place that alerts name."""
+    (package,) = built.glob("tierd_*.deb")
+    subprocess.run(["dpkg-deb", "-x", package, short_path], check=True, timeout=60)
+    pages = {file.name: file.read_bytes() for file in (CHECKOUT / "manual/man1").iterdir()}
+    packed = {file.stem: gzip.decompress(file.read_bytes()) for file in (short_path / "usr/share/man/man1").iterdir()}
+    assert packed == pages
+    share = short_path / "usr/share"
+    assert "complete " in (share / "bash-completion/completions/tierd").read_text()
+    assert (share / "zsh/vendor-completions/_tierd").read_text().startswith("#compdef tierd")
+    assert "complete -c tierd" in (share / "fish/vendor_completions.d/tierd.fish").read_text()
+    assert same_files(share / "tierd/dashboards")
+    rules = (share / "tierd/dashboards/prometheus/tierd-rules.yml").read_text()
+    links = re.findall(r"runbook: (\S+)#(\w+)", rules)
+    assert len(links) == rules.count("alert: ") > 0
+    for file, section in links:
+        text = (short_path / file.lstrip("/")).read_text().lower()
+        assert f"\n## {section}\n" in text
 
 
 def test_a_newcomer_needs_few_commands_to_a_first_hit(empty: Machine) -> None:

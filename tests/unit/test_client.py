@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,31 @@ def test_what_was_stored_is_loaded_byte_for_byte(daemon: Daemon, memory: Memory,
     assert statistics["blocks_loaded"] == 150 and statistics["bytes_loaded"] == 150 * BYTES
     assert statistics["tiers"] == {"cpu": 150, "nvme": 0, "miss": 3} and statistics["failures"] == {}
     assert daemon.call(memory.holders) == 0
+
+
+def test_several_clients_ask_before_any_answer_is_waited_for(daemon: Daemon, memory: Memory, connect: Connect) -> None:
+    """A daemon that answers nobody before it has the questions of all does not stop who asks by `lookup_nowait`."""
+    hashes, everybody = names(5), 4
+    assert connect().store(hashes, content(5), range(5)).stored == 5
+    asked: list[Request] = []
+    all_asked = asyncio.Event()
+
+    def hold(request: Request) -> Any:
+        if request.verb != "lookup":
+            return None
+        asked.append(request)
+        if len(asked) == everybody:
+            all_asked.set()
+        return all_asked.wait()
+
+    memory.before = hold
+    clients = [connect() for _ in range(everybody)]
+    found = [under_way.wait() for under_way in [client.lookup_nowait(hashes) for client in clients]]
+    assert [one.blocks for one in found] == [5] * everybody
+    assert [client.statistics["failures"] for client in clients] == [{}] * everybody
+    for one in found:
+        one.release()
+    assert until(lambda: daemon.call(memory.holders) == 0)
 
 
 def test_a_gap_ends_the_prefix(daemon: Daemon, memory: Memory, connect: Connect) -> None:

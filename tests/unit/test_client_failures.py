@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import resource
 import socket
 import time
@@ -61,6 +62,36 @@ def test_a_daemon_that_does_not_answer_costs_one_deadline_and_then_nothing(conne
             assert client.load(names(1), content(1), [0]) == 0
         assert monotonic_seconds() - started < 2
         assert client.statistics["failures"]["late"] >= 1
+
+
+def test_one_late_answer_is_no_absence_and_two_in_a_row_are(
+    daemon: Daemon, memory: Memory, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A daemon that stumbles is not reported; one that hangs is, and its return too."""
+    client = connect(deadline_seconds=0.2, name="engine-7")
+    assert client.store(names(1), content(1), [0]).stored == 1
+
+    def hang(request: Request) -> Any:
+        request.deadline_seconds = 20  # this daemon does not keep to the client's deadline
+        return asyncio.Event().wait() if request.verb == "lookup" else None
+
+    def late() -> int:
+        client.lookup(names(1)).release()
+        return int(client.statistics["failures"].get("late", 0))
+
+    memory.before = hang
+    assert until(lambda: late() == 1)
+    memory.before = None
+    assert until(lambda: client.load(names(1), content(1), [0]) == 1)
+    memory.before = hang
+    assert until(lambda: late() == 2)
+    assert not caplog.records
+    assert until(lambda: late() == 3)
+    memory.before = None
+    assert until(lambda: client.load(names(1), content(1), [0]) == 1)
+    away, back = [record.getMessage() for record in caplog.records if record.name == "tierd.client"]
+    assert re.fullmatch(r"tierd is away \(lookup: the daemon did not answer within \S+ s\): engine-7 goes on .*", away)
+    assert back.startswith("tierd is back on ")
 
 
 def test_a_moment_without_descriptors_does_not_end_the_event_thread(tmp_path: Path, memory: Memory, connect: Connect) -> None:

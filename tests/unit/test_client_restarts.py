@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -78,6 +79,31 @@ def test_after_a_kill_and_restart_the_blocks_are_hits_again(killable: Killable, 
     assert (out == pool).all()
     assert client.session.segments._mappings[killable.segment.segment_id] is mapping
     assert client.statistics["reconnects"] >= 1
+
+
+def test_the_log_says_once_that_tierd_is_away_and_once_that_it_is_back(
+    killable: Killable, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many calls there are meanwhile; with the client's name, and what it does."""
+    client, hashes, pool = connect(name="engine-7"), names(4), content(4)
+    assert client.store(hashes, pool, range(4)).stored == 4
+    for _ in range(2):
+        killable.kill()
+        for _ in range(100):
+            client.load(hashes, pool, range(4))
+        assert until(lambda: messages(caplog)[-1:] == [AWAY]), caplog.text
+        killable.start()
+        assert until(lambda: client.load(hashes, pool, range(4)) == 4)
+    assert messages(caplog) == [AWAY, "tierd is back on PATH after N s: engine-7 uses it again"] * 2
+
+
+AWAY = "tierd is away (REASON): engine-7 goes on without it until it is back"
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the client's log has said, without what differs from run to run."""
+    said = [record.getMessage() for record in caplog.records if record.name == "tierd.client"]
+    return [re.sub(r"\(.*\)", "(REASON)", re.sub(r"on \S+ after \S+ s", "on PATH after N s", one)) for one in said]
 
 
 def test_an_idle_client_resumes_and_gives_back_what_it_does_not_hold(killable: Killable, connect: Connect) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,7 +16,8 @@ from tierd.values import rounded_size
 
 Answer = Mapping[str, Any]
 NAMESPACES_SHOWN_MAX, CLIENTS_SHOWN_MAX = 8, 8
-BAR_WIDTH = 20
+NAMES = ("where", "model", "clients")
+"""Columns of words, which give way where a terminal is narrow; numbers and headings never do."""
 COLOURS = {"gpu": "magenta", "cpu": "green", "nvme": "cyan", "remote": "blue", "pending": "yellow", "miss": "red"}
 
 
@@ -26,9 +26,8 @@ def screen(new: Answer, old: Answer) -> RenderableType:
     seconds = max(new["uptime_seconds"] - old["uptime_seconds"], 0.0)
     if old["pid"] != new["pid"]:  # it was restarted: its numbers began again
         old, seconds = new, 0.0
-    return Group(
-        head(new), Text(), tiers(new, old, seconds), lookups(new, old), transfers(new, old, seconds), namespaces(new, old)
-    )
+    parts = tiers(new, old, seconds), lookups(new, old), transfers(new, old, seconds), namespaces(new, old)
+    return Group(head(new), *(row for part in parts for row in (Text(), part)))
 
 
 def head(new: Answer) -> Text:
@@ -43,12 +42,12 @@ def head(new: Answer) -> Text:
 
 def tiers(new: Answer, old: Answer, seconds: float) -> Table:
     """How full each tier is, and how fast blocks leave it."""
-    table = plain("tier", "", "used", "limit", "ready", "free", "filling", "evicted/s", "dropped/s")
+    table = plain("tier", "", "used", "limit", "ready", "free", "filling", "evict/s", "drop/s")
     for name, tier in new["tiers"].items():
         used, most, slots = tier["used_bytes"], tier["limit_bytes"], tier["slots"]
         gone = [rate(new["evicted_blocks"], old["evicted_blocks"], f"{name}.{kind}", seconds) for kind in ("clean", "drop")]
         colour = COLOURS[kind_of(name)]
-        bar = ProgressBar(most, used, BAR_WIDTH, complete_style=colour, finished_style=colour)
+        bar = ProgressBar(most, used, complete_style=colour, finished_style=colour)
         numbers = [f"{slots.get(state, 0):,}" for state in ("ready", "free", "filling")]
         table.add_row(name, bar, rounded_size(used), rounded_size(most), *numbers, f"{sum(gone):,.0f}", f"{gone[1]:,.0f}")
     return table
@@ -61,7 +60,7 @@ def lookups(new: Answer, old: Answer) -> Table:
         asked = difference(new["lookup_blocks"], before["lookup_blocks"] if before else {})
         total, found = sum(asked.values()), sum(asked[tier] for tier in TIERS)
         where = Text("  ").join(Text(f"{tier} {n / total:.1%}", COLOURS[tier]) for tier, n in asked.items() if n)
-        bar = ProgressBar(max(total, 1), found, BAR_WIDTH, complete_style="green", finished_style="green")
+        bar = ProgressBar(max(total, 1), found, complete_style="green", finished_style="green")
         table.add_row(f"{name} {total:,}", bar, f"{found / total:.1%}" if total else "-", where)
     return table
 
@@ -90,8 +89,8 @@ def namespaces(new: Answer, old: Answer) -> Table:
         total, found = sum(asked.values()), sum(asked[tier] for tier in TIERS)
         share = f"{found / total:.1%}" if total else "-"
         name = space["id"][:NAMESPACE_CHARACTERS]
-        who = Text(clients(space["sessions"]))  # no str: their own brackets are no markup
-        table.add_row(name, Text(harmless(space["model"])), f"{total:,}", share, f"{space['blocks']:,}", who)
+        model, who = one_line(harmless(space["model"])), one_line(clients(space["sessions"]))
+        table.add_row(name, model, f"{total:,}", share, f"{space['blocks']:,}", who)
     if len(rows) > NAMESPACES_SHOWN_MAX:
         table.add_row("", f"and {len(rows) - NAMESPACES_SHOWN_MAX} more", "", "", "", "")
     return table
@@ -103,12 +102,19 @@ def clients(sessions: Sequence[Answer]) -> str:
     return ", ".join([*names, f"{rest} more"] if rest else names) or "-"
 
 
+def one_line(text: str) -> Text:
+    """What is cut where it has no room; no str, since brackets in it are no markup."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
 def plain(*columns: str, right: Sequence[int] | None = None) -> Table:
-    """A table without lines; numbers to the right: by default all columns behind the second."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold", expand=False)
+    """A table without lines, of which a bar (a column without a name) takes what room there is; numbers to the right: by
+    default all columns behind the second.
+    """
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold", expand="" in columns)
     for at, name in enumerate(columns):
         is_number = at in right if right is not None else at > 1 and name not in ("from", "to", "where")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name not in NAMES, ratio=None if name else 1)
     return table
 
 

@@ -10,8 +10,8 @@ It needs MessagePack and numpy only, and blocks for no longer than its deadline 
 """
 
 from tierd.client.client import KEEP_PRIORITY_MAX, KEEP_SECONDS_MAX, KEEP_SECONDS_MIN, Client
-from tierd.client.lookup import Lookup
+from tierd.client.lookup import LookingUp, Lookup
 from tierd.client.removals import Removed
 from tierd.client.store import Stored
 
-__all__ = ["KEEP_PRIORITY_MAX", "KEEP_SECONDS_MAX", "KEEP_SECONDS_MIN", "Client", "Lookup", "Removed", "Stored"]
+__all__ = ["KEEP_PRIORITY_MAX", "KEEP_SECONDS_MAX", "KEEP_SECONDS_MIN", "Client", "LookingUp", "Lookup", "Removed", "Stored"]

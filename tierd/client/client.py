@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tierd.block import HASH_BYTES, ROOT
 from tierd.client.context import Context
-from tierd.client.lookup import Lookup
+from tierd.client.lookup import LookingUp, Lookup
 from tierd.client.pins import Pins
 from tierd.client.removals import Removed
 from tierd.client.session import Session
@@ -90,7 +90,7 @@ class Client:
         done = 0
         while done < blocks:
             asked = min(blocks - done, self.session.blocks_max)
-            with self._lookup(hashes[done * HASH_BYTES : (done + asked) * HASH_BYTES], parent) as found:
+            with self._lookup(hashes[done * HASH_BYTES : (done + asked) * HASH_BYTES], parent).wait() as found:
                 copied = found.copy_into(rows, targets[done : done + found.blocks])
             done += copied
             if copied < asked:
@@ -121,6 +121,12 @@ class Client:
         """Lease the longest prefix that tierd has (of as many blocks as a request may name); release it when done."""
         self._context.check_process()
         check_hashes(hashes, parent)
+        return self._lookup(hashes, parent).wait()
+
+    def lookup_nowait(self, hashes: bytes, parent: bytes = ROOT) -> LookingUp:
+        """As `lookup`, and `wait` gives what it would: who has several clients asks all of them before waiting for any."""
+        self._context.check_process()
+        check_hashes(hashes, parent)
         return self._lookup(hashes, parent)
 
     def prefetch(self, hashes: bytes, parent: bytes = ROOT) -> int:
@@ -134,7 +140,7 @@ class Client:
             connection = self.session.connection()
             arguments = {"hashes": hashes[: self.session.blocks_max * HASH_BYTES], "parent": parent}
             reply = connection.request("prefetch", arguments, self.deadline_seconds)
-            self.session.answered()
+            self.session.absence.answered()
             blocks = int(reply["blocks"])
         return blocks
 
@@ -189,20 +195,8 @@ class Client:
         if self._pins:
             self._pins.close(self.deadline_seconds)
 
-    def _lookup(self, hashes: bytes, parent: bytes) -> Lookup:
-        asked = min(len(hashes) // HASH_BYTES, self.session.blocks_max)
-        found = Lookup(self._context, asked)
-        if not asked:
-            return found
-        self._context.count(requests=1)
-        with self._context.missing("lookup"):
-            connection = self.session.connection()
-            arguments = {"hashes": hashes[: asked * HASH_BYTES], "parent": parent}
-            reply = connection.request("lookup", arguments, self.deadline_seconds, undo="release")
-            self.session.answered()
-            found = Lookup(self._context, asked, connection, reply)
-        self._context.count_tiers(found.tiers)
-        return found
+    def _lookup(self, hashes: bytes, parent: bytes) -> LookingUp:
+        return LookingUp(self._context, hashes[: self.session.blocks_max * HASH_BYTES], parent)
 
 
 def default_socket() -> Path:

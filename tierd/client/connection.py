@@ -136,7 +136,7 @@ class Connection:
             self._read(deadline - monotonic_seconds())
         if ticket.reply is None:
             self.abandon(ticket)
-            raise NoAnswer(f"{ticket.verb}: the daemon did not answer within {seconds:g} s")
+            raise NoAnswer(f"{ticket.verb}: the daemon did not answer within {round(seconds, 3):g} s")
         return self._checked(ticket)
 
     def answer(self, ticket: Ticket) -> dict[str, Any] | None:

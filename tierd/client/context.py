@@ -75,7 +75,7 @@ class Context:
         kind = error.code if isinstance(error, TierdError) else "internal"
         if isinstance(error, NoAnswer):
             kind = "late"
-            self.session.failed()
+            self.session.absence.failed(error)
         with self._lock:
             self._failures[kind] += 1
             first = kind not in self._logged

@@ -34,7 +34,7 @@ class Events(Thread):
                 self._serve()
             with suppress(TierdError, OSError):
                 self._session.look()
-            self._stopping.wait(max(PAUSE_SECONDS, self._session.pause_seconds_left()))
+            self._stopping.wait(max(PAUSE_SECONDS, self._session.absence.pause_seconds_left()))
 
     def reconnect(self) -> None:
         """The session has a new connection: the old channel is of no use."""

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tierd.client.absence import PAUSE_SECONDS_MAX, PAUSE_SECONDS_MIN
 from tierd.client.connection import Connection, OnPush, Ticket
-from tierd.client.session import PAUSE_SECONDS_MAX, PAUSE_SECONDS_MIN
 from tierd.clock import monotonic_seconds
 from tierd.errors import Closed, Gone, Invalid, TierdError
 from tierd.wire.messages import PUSHES, check_values

@@ -1,4 +1,4 @@
-"""The blocks that a lookup found, and the way to copy them out."""
+"""A lookup under way, the blocks that it found, and the way to copy them out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tierd.block import HASH_BYTES
 from tierd.client.connection import Connection, NoAnswer, Ticket
 from tierd.client.context import Context
 from tierd.client.transfer import Pages, Pool, as_pages, as_pool
+from tierd.clock import monotonic_seconds
 from tierd.errors import Busy, Closed, Invalid
 from tierd.wire.messages import READING, unpack_slots
 
 PIECE_BYTES = 64 << 20
 """Of a prefix that comes in windows, this much is copied and given back at a time."""
+
+MOMENT_SECONDS = 0.001
+"""An answer that came while another client's was waited for is read, though the deadline may be over."""
 
 NO_SLOTS: NDArray[np.int32] = np.empty(0, np.int32)
 
@@ -139,3 +144,33 @@ class Lookup:
         if reply["first"] != first or not 1 <= reply["count"] == len(slots) <= end - first:
             raise Closed(f"load of blocks {first} to {end} was answered with {len(slots)} slots from {reply['first']}")
         return slots
+
+
+class LookingUp:
+    """A lookup that was asked for; `wait` for it, once. The deadline begins when it is asked. For one thread at a time."""
+
+    def __init__(self, context: Context, hashes: bytes, parent: bytes) -> None:
+        self._context = context
+        self._asked = len(hashes) // HASH_BYTES
+        self._sent: tuple[Connection, Ticket] | None = None
+        if not self._asked:
+            return
+        context.count(requests=1)
+        with context.missing("lookup"):
+            connection = context.session.connection()
+            self._late_at = monotonic_seconds() + context.deadline_seconds
+            arguments = {"hashes": hashes, "parent": parent}
+            self._sent = connection, connection.ask("lookup", arguments, context.deadline_seconds, undo="release")
+
+    def wait(self) -> Lookup:
+        """The lease on what was found; on nothing where the daemon is away or late."""
+        context, found = self._context, Lookup(self._context, self._asked)
+        if self._sent is not None:
+            connection, ticket = self._sent
+            with context.missing("lookup"):
+                reply = connection.wait(ticket, max(MOMENT_SECONDS, self._late_at - monotonic_seconds()))
+                context.session.absence.answered()
+                found = Lookup(context, self._asked, connection, reply)
+        if self._asked:
+            context.count_tiers(found.tiers)
+        return found

@@ -1,4 +1,4 @@
-"""A client's life with the daemon: connect, hello or resume, event channel, goodbye; and when not to try."""
+"""A client's life with the daemon: connect, hello or resume, event channel, goodbye."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from tierd.client.absence import Absence
 from tierd.client.connection import Connection, NoAnswer
 from tierd.client.events import Events
 from tierd.client.removals import Removals
 from tierd.client.segments import Segments
-from tierd.clock import monotonic_seconds
 from tierd.errors import Closed, Gone, Invalid, TierdError
 from tierd.layout import Layout
 from tierd.wire.messages import PROTOCOL_VERSION, PUSHES, check_values
 
-PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.2, 2.0
 BLOCKS_PER_REQUEST = 32_768
 FRAME_BYTES = 4 << 20
 FRAME_BYTES_BESIDES_HASHES = 1024
@@ -46,8 +45,7 @@ class Session:
         self._names: dict[str, Any] | None = None
         """What names the session to the daemon: session, token and namespace."""
         self._events: Events | None = None
-        self._pause_seconds = 0.0
-        self._pause_ends = 0.0
+        self.absence = Absence(hello["client"], path)
 
     def __repr__(self) -> str:
         return f"<Session {self.path}: {self._connection}, {self.segments}>"
@@ -55,7 +53,7 @@ class Session:
     def connection(self) -> Connection:
         """A live connection, made now if it is time to; raises at once when it is not, else after the deadline."""
         current = self._connection
-        if current is not None and current.alive and not self._pause_ends:
+        if current is not None and current.alive and not self.absence:
             return current
         if not self._connecting.acquire(timeout=self.deadline_seconds):
             raise NoAnswer("another thread is still connecting")
@@ -64,33 +62,20 @@ class Session:
         finally:
             self._connecting.release()
 
-    def answered(self) -> None:
-        """The daemon answered in time: no pause is due."""
-        self._pause_seconds = self._pause_ends = 0.0
-
-    def failed(self) -> None:
-        """The daemon is away or does not answer in time: leave it alone for a while, twice as long each time."""
-        self._pause_seconds = min(max(2 * self._pause_seconds, PAUSE_SECONDS_MIN), PAUSE_SECONDS_MAX)
-        self._pause_ends = monotonic_seconds() + self._pause_seconds
-
-    def pause_seconds_left(self) -> float:
-        """How long `connection` refuses at once."""
-        return max(0.0, self._pause_ends - monotonic_seconds()) if self._pause_ends else 0.0
-
     def _connect(self) -> Connection:
         if self.closed:
             raise Closed("this client was closed")
-        if left := self.pause_seconds_left():
+        if left := self.absence.pause_seconds_left():
             raise Closed(f"the daemon was away or late; it is tried again in {left:.1f} s")
         current = self._connection
         if current is not None and current.alive:
             return current
         try:
             connection = self._open()
-        except TierdError:
-            self.failed()
+        except TierdError as error:
+            self.absence.failed(error)
             raise
-        self.answered()
+        self.absence.answered()
         return connection
 
     def _open(self) -> Connection:

@@ -127,7 +127,7 @@ class Storing:
 
     def _placed(self, batch: Batch) -> tuple[int, NDArray[np.int32]]:
         reply = self._connection.wait(batch.ticket, self._context.deadline_seconds)
-        self._context.session.answered()
+        self._context.session.absence.answered()
         codes = unpack_slots(reply["slots"])
         asked, lease = batch.last - batch.first, int(reply["lease"])
         if len(codes) != asked or codes.min() < NO_ROOM or bool(lease) != (codes.max() >= 0):

@@ -58,8 +58,8 @@ def layout_of(pool: Any, block_bytes: int) -> Layout:
 def model_name(config: HiCacheStorageConfig, pool: Any, options: Options) -> str:
     """A name that is the same for engines, and ranks of them, whose pages are interchangeable, and for no others.
 
-    `model_id` names the weights; without it a local directory is known by its weight files' names, sizes and times, anything
-    else by its name and revision.
+    `model_id` names the weights; without it a local directory is known by its weight files' names, sizes, times and samples,
+    anything else by its name and revision.
     """
     arguments = server_arguments()
     parts: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Whose blocks these are: what the connector refuses, the layout of a block, and a name that differs when the bytes would.
 
-vLLM's block hashes cover tokens, LoRA's name, images and `cache_salt`. Everything else that decides what a block's bytes
-are, or mean, has to be in the namespace; what cannot be covered is refused here, by name and with the remedy.
+vLLM's block hashes cover tokens, LoRA's name and path, images and `cache_salt`. Everything else that decides what a block's
+bytes are, or mean, has to be in the namespace; what cannot be covered is refused here, by name and with the remedy.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def layout_of(kv_cache_config: KVCacheConfig) -> Layout:
 def model_name(config: VllmConfig, kv_cache_config: KVCacheConfig, model_id: str = "", rank: int = 0) -> str:
     """A name that is the same for engines whose blocks are interchangeable, and for no others; `rank` is the worker's.
 
-    `model_id` names the weights; without it a local directory is known by its weight files' names, sizes and times, anything
-    else by its name and revision.
+    `model_id` names the weights; without it a local directory is known by its weight files' names, sizes, times and samples,
+    anything else by its name and revision.
     """
     model, [group] = config.model_config, kv_cache_config.kv_cache_groups
     hf_config = {key: value for key, value in model.hf_config.to_dict().items() if key not in CONFIG_NOISE}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierd.block import HASH_BYTES
 from tierd.client import Client, Lookup, Removed
 
 
@@ -39,12 +38,11 @@ class Shards:
         return f"<Shards {[client.session for client in self.clients]}>"
 
     def lookup(self, hashes: bytes) -> Found:
-        """Lease the longest prefix of which every worker's part is there; each is asked for what those before it have."""
-        parts: list[Lookup] = []
-        for client in self.clients:
-            parts.append(client.lookup(hashes))
-            hashes = hashes[: parts[-1].blocks * HASH_BYTES]
-        return Found(parts)
+        """Lease the longest prefix of which every worker's part is there. All are asked before any answer is waited for: it
+        takes one way to the daemon and back however many workers there are, and one deadline when it hangs.
+        """
+        asked = [client.lookup_nowait(hashes) for client in self.clients]
+        return Found([part.wait() for part in asked])
 
     def keep(self, block: bytes, seconds: float, priority: int) -> None:
         """Ask that a chain is kept, every worker's part of it."""
