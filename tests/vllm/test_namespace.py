@@ -141,7 +141,7 @@ def test_options_that_cannot_be_are_refused(given: dict[str, Any]) -> None:
     [
         (None, Wishes()),
         ({"tierd": {"store": False}}, Wishes(store=False)),
-        ({"tierd": {"load": False, "priority": 3}}, Wishes(load=False)),
+        ({"tierd": {"load": False, "priority": 300}}, Wishes(load=False)),
         ({"tierd": 7}, Wishes()),
         ({"other": {"store": False}}, Wishes()),
     ],
