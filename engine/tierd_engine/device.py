@@ -151,10 +151,13 @@ def views_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor[:, layer, part] for layer in range(tensor.shape[1]) for part in (0, 1)]
 
 
-def device_pages(views: Sequence[torch.Tensor]) -> DevicePages:
-    """Pages on a GPU with two streams of their own; raises Invalid when they do not go together, or the GPU is none."""
+def device_pages(views: Sequence[torch.Tensor], parts: int = 2) -> DevicePages:
+    """Pages on a GPU, of so many parts a layer, with two streams of their own.
+
+    Raises Invalid when they do not go together, or the driver cannot use the GPU.
+    """
     try:
-        pages = Pages(views)
+        pages = Pages(views, parts)
     except ValueError as error:
         raise Invalid(str(error)) from error
     device = pages.device

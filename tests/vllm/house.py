@@ -2,16 +2,18 @@
 
 Everything between scheduler and connector is vLLM's; only the model is not there. A position's KV is a number that follows
 from all tokens up to it. Before it computes, the worker reads the KV of every position that the scheduler says is computed:
-one that is another request's, was never loaded, or was overwritten meanwhile, ends the test.
+one that is another request's, was never loaded, or was overwritten meanwhile, ends the test. On emulated GPUs all of this
+happens when the stream comes to it, which is as late as can be: when somebody waits for the step.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import SamplingParams
@@ -23,16 +25,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+from vllm.v1.worker.utils import allocate_kv_cache
 
 from tierd.clock import monotonic_seconds
 from tierd_engine.connectors.vllm import TierdConnector
+
+if TYPE_CHECKING:
+    from tests.vllm.gpu import Gpu
+    from tierd.client.pinned import Ticket
 
 BLOCK = 32
 LAYERS = ("first", "second")
@@ -42,7 +50,11 @@ STEPS_SECONDS_MAX = 60.0
 
 
 class House:
-    """One engine: scheduler, workers (each with its part of every page), and the pages between them."""
+    """One engine: scheduler, workers (each with its part of every page), and the pages between them.
+
+    layout: the order of layers, blocks, heads and tokens in memory. device: where pages are. gpus: the emulated ones that
+    these pages, in main memory, are said to be on.
+    """
 
     def __init__(
         self,
@@ -52,6 +64,9 @@ class House:
         asynchronous: bool = False,
         workers: int = 1,
         events: bool = False,
+        gpus: Sequence[Gpu] = (),
+        layout: str = "LBHNC",
+        device: str = "cpu",
         **arguments: Any,
     ) -> None:
         given = {"max_num_seqs": 8, "max_model_len": 2048, "max_num_batched_tokens": 512, **arguments}
@@ -67,22 +82,24 @@ class House:
             **given,
         ).create_engine_config()
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=WIDTH // 2, dtype=torch.float32)
-        page = spec.page_size_bytes
-        tensors = [KVCacheTensor(page * pages * len(LAYERS), list(LAYERS), page * pages, page)]
         groups = [KVCacheGroupSpec(list(LAYERS), spec)]
-        self.kv_cache_config = KVCacheConfig(pages, tensors, groups, kv_cache_layout="LBHNC", hash_block_size=BLOCK)
+        self.config.cache_config.kv_cache_layout = layout
+        found = get_kv_cache_config_from_groups(self.config, groups, pages * len(LAYERS) * spec.page_size_bytes)
+        self.kv_cache_config = replace(found, kv_cache_layout=layout, hash_block_size=BLOCK)
         self.config.cache_config.num_gpu_blocks = pages
-        self.caches = [
-            {name: torch.full((pages, 1, BLOCK, WIDTH), -1, dtype=torch.int32) for name in LAYERS} for _ in range(workers)
-        ]
+        self._device = torch.device(device)
+        self.caches = [self._make_pages() for _ in range(workers)]
         self.connectors = [
             TierdConnector(as_rank(self.config, rank), KVConnectorRole.WORKER, self.kv_cache_config) for rank in range(workers)
         ]
         for connector, caches in zip(self.connectors, self.caches, strict=True):
             connector.register_kv_caches(caches)
+        assert len(gpus) in (0, workers)
+        self._gpus = gpus
+        for gpu, connector, caches in zip(gpus, self.connectors, self.caches, strict=False):
+            connector.worker.use(gpu.pages(caches))
         self._together = KVOutputAggregator(workers)
-        make = self.config.scheduler_config.get_scheduler_cls()
-        self.scheduler = make(
+        self.scheduler = self.config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.config,
             kv_cache_config=self.kv_cache_config,
             structured_output_manager=StructuredOutputManager(self.config),
@@ -97,7 +114,7 @@ class House:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(BLOCK, hash_function)
         self._ahead = 2 if asynchronous else 1
-        self._running: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self._running: deque[tuple[SchedulerOutput, ModelRunnerOutput, list[Ticket]]] = deque()
         self.tokens: dict[str, list[int]] = {}
         self._pages: dict[str, list[int]] = {}
         self.computed: dict[str, int] = {}
@@ -144,16 +161,20 @@ class House:
             assert monotonic_seconds() < deadline, f"requests {list(self.scheduler.requests)} do not end"
             self.step()
 
-    def step(self, between: Callable[[], object] = lambda: None) -> None:
+    def step(self, between: Callable[[], object] = lambda: None, behind: Callable[[], object] = lambda: None) -> None:
         """Schedule one step, execute it, and take the result of it or, when steps overlap, of the one before.
 
-        `between` happens when the scheduler has decided and the worker has done nothing yet.
+        `between` happens when the scheduler has decided and the worker has done nothing yet, `behind` when the worker has been
+        given all of the step, and nobody has waited for anything.
         """
         output = self.scheduler.schedule()
         between()
-        self._running.append((output, self._execute(output)))
+        self._running.append((output, self._execute(output), self._tickets()))
+        behind()
         while len(self._running) >= self._ahead or (self._running and not output.total_num_scheduled_tokens):
-            scheduled, result = self._running.popleft()
+            scheduled, result, tickets = self._running.popleft()
+            self._wait(tickets)
+            assert not self._wrong, self._wrong
             for outputs in self.scheduler.update_from_output(scheduled, result).values():
                 for each in outputs.outputs:
                     if each.finish_reason is not None:
@@ -185,9 +206,15 @@ class House:
 
     # -- the worker ---------------------------------------------------------------------------------------------------
 
+    def _make_pages(self) -> dict[str, torch.Tensor]:
+        """By layer: int32 `[block, 1, token, WIDTH]`, where vLLM would have its numbers."""
+        layout = KVCacheLayout[self.config.cache_config.kv_cache_layout]
+        caches = allocate_kv_cache(self.kv_cache_config, self._device, layout, [BLOCK])
+        return {name: cache.view(torch.int32).fill_(-1) for name, cache in caches.items()}
+
     def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         self._take_pages(output)
-        names, results, self._wrong = list(output.num_scheduled_tokens), [], {}
+        names, results = list(output.num_scheduled_tokens), []
         for rank, connector in enumerate(self.connectors):
             kv_transfer_state._KV_CONNECTOR_AGENT = connector
             with (
@@ -199,7 +226,10 @@ class House:
             results.append(ModelRunnerOutput([], {}, kv_connector_output=said))
         said = (self._together.aggregate(results) if len(results) > 1 else results[0]).kv_connector_output
         sampled = [self._say(name, self._at[name], output.num_scheduled_tokens[name]) for name in names]
-        for name, message in self._wrong.items():  # a load within the step has failed, and vLLM throws the result away
+        if said.invalid_block_ids:
+            self._wait(self._tickets())
+        while self._wrong:  # a load within the step has failed, and vLLM throws the result away
+            name, message = self._wrong.popitem()
             assert said.invalid_block_ids & set(self._pages[name]), message
             self.computed[name] -= output.num_scheduled_tokens[name]
             if sampled[names.index(name)]:
@@ -222,15 +252,29 @@ class House:
     def _compute(self, rank: int, name: str, first: int, count: int) -> None:
         """Read what is said to be computed, and write what is not."""
         tokens, pages = self.tokens[name], self._pages[name]
-        numbers = torch.tensor(chain(tokens[: first + count]), dtype=torch.int32)
+        numbers = torch.tensor(chain(tokens[: first + count]), dtype=torch.int32, device=self._device)
         assert len(numbers) == first + count, f"{name}: {first} + {count} positions of {len(tokens)} tokens"
         where = torch.tensor(pages)[torch.arange(first + count) // BLOCK], torch.arange(first + count) % BLOCK
-        for at, cache in enumerate(self.caches[rank].values(), rank * len(LAYERS)):
-            read = cache[where[0], 0, where[1]][:first]
-            wrong = (read != (numbers[:first, None] + at)).any(1).nonzero()
-            if len(wrong):
-                self._wrong[name] = f"{name}: wrong KV at position {int(wrong[0])} of {first} computed ones"
-            cache[where[0][first:], 0, where[1][first:]] = numbers[first:, None] + at
+
+        def kernel() -> None:
+            for at, cache in enumerate(self.caches[rank].values(), rank * len(LAYERS)):
+                read = cache[where[0], 0, where[1]][:first]
+                wrong = (read != (numbers[:first, None] + at)).any(1).nonzero()
+                if len(wrong):
+                    self._wrong[name] = f"{name}: wrong KV at position {int(wrong[0])} of {first} computed ones"
+                cache[where[0][first:], 0, where[1][first:]] = numbers[first:, None] + at
+
+        self._gpus[rank].compute(kernel) if self._gpus else kernel()
+
+    def _tickets(self) -> list[Ticket]:
+        """What the workers' streams have been given until now."""
+        return [gpu.ticket() for gpu in self._gpus]
+
+    @staticmethod
+    def _wait(tickets: Sequence[Ticket]) -> None:
+        """Until all of it is computed."""
+        for ticket in tickets:
+            ticket.wait()
 
     def _say(self, name: str, first: int, count: int) -> list[int]:
         """The next token, where the prompt is complete."""

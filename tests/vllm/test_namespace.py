@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 
 from tests.vllm.conftest import transfer
 from tests.vllm.house import House
@@ -96,6 +97,7 @@ def test_other_weights_in_the_same_place_are_another_model(house: House, random_
         ("parallel_config.world_size", 2, "Use --tensor-parallel-size only"),
         ("parallel_config.decode_context_parallel_size", 2, "Use --tensor-parallel-size only"),
         ("speculative_config", SimpleNamespace(), "speculative decoding is on"),
+        ("model_config.enable_sleep_mode", True, "Leave out --enable-sleep-mode"),
     ],
 )
 def test_what_would_go_wrong_is_refused_with_the_remedy(house: House, name: str, value: Any, remedy: str) -> None:
@@ -103,6 +105,16 @@ def test_what_would_go_wrong_is_refused_with_the_remedy(house: House, name: str,
     check_supported(house.config, house.kv_cache_config)
     with pytest.raises(ValueError, match=remedy):
         check_supported(changed(house.config, name, value), house.kv_cache_config)
+
+
+def test_on_a_gpu_vllm_is_asked_for_blocks_in_one_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM takes that layout where its attention can, and another one where it cannot; on the CPU it is not asked."""
+    undecided = changed(house.config, "cache_config.kv_cache_layout", None)
+    taken = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr("tierd_engine.connectors.vllm.api.on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        taken += [resolve_kv_cache_layout(deepcopy(undecided), [can]).name for can in (["LBNHC", "BLHNC"], ["LBNHC"])]
+    assert taken == ["LBNHC", "LBNHC", "BLHNC", "LBNHC"]
 
 
 def test_a_worker_has_its_own_part_of_every_block(house: House) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor, compute_layout_strides
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.utils import allocate_kv_cache
 
-from tierd_engine.connectors.vllm.pages import LayerPages
+from tierd_engine.connectors.vllm.pages import LayerPages, pages_of, runs_of, views_of
 
 BLOCKS, LAYERS, HEADS, TOKENS, WIDTH = 192, 3, 2, 32, 6
 PAGE_BYTES = HEADS * TOKENS * WIDTH * 4
@@ -16,19 +21,16 @@ SLOT_BYTES = LAYERS * PAGE_BYTES + 512
 NAMES = [f"layer{number}" for number in range(LAYERS)]
 
 
-def layer_by_layer() -> list[torch.Tensor]:
-    """LBHNC: what the CPU has."""
-    return list(torch.zeros(LAYERS, BLOCKS, HEADS, TOKENS, WIDTH))
-
-
-def block_by_block() -> list[torch.Tensor]:
-    """BLHNC: all layers of a block together."""
-    return list(torch.zeros(BLOCKS, LAYERS, HEADS, TOKENS, WIDTH).unbind(1))
-
-
-def tokens_before_heads() -> list[torch.Tensor]:
-    """LBNHC: pages whose inner order is another one."""
-    return [whole.transpose(1, 2) for whole in torch.zeros(LAYERS, BLOCKS, TOKENS, HEADS, WIDTH)]
+def as_vllm(layout: KVCacheLayout, block_tokens: int = TOKENS) -> list[torch.Tensor]:
+    """Layers as vLLM allocates them, in one of its layouts, with blocks of kernels that may be smaller than its own."""
+    spec = FullAttentionSpec(block_size=TOKENS, num_kv_heads=HEADS, head_size=WIDTH // 2, dtype=torch.float32)
+    assert spec.page_size_bytes == PAGE_BYTES
+    whole_block = LAYERS * PAGE_BYTES if layout.is_block_outermost else None
+    strides = compute_layout_strides(spec, BLOCKS, LAYERS, layout, fixed_strides=(None, whole_block, None, None, None))
+    placed = KVCacheTensor(BLOCKS * LAYERS * PAGE_BYTES, NAMES, *strides[:2])
+    group = KVCacheGroupSpec(NAMES, spec)
+    views = allocate_kv_cache(KVCacheConfig(BLOCKS, [placed], [group]), torch.device("cpu"), layout, [block_tokens])
+    return [views[name] for name in NAMES]
 
 
 def each_on_its_own() -> list[torch.Tensor]:
@@ -42,17 +44,30 @@ def in_no_order() -> list[torch.Tensor]:
     return [whole[0], whole[4], whole[1]]
 
 
-def in_small_blocks() -> list[torch.Tensor]:
-    """A kernel that counts in blocks of half the size."""
-    return list(torch.zeros(LAYERS, BLOCKS * 2, HEADS, TOKENS // 2, WIDTH))
+def in_memory(tensors: list[torch.Tensor]) -> LayerPages:
+    """The pages of layers on the CPU."""
+    pool = pages_of(dict(zip(NAMES, tensors, strict=True)), NAMES, BLOCKS, PAGE_BYTES)
+    assert isinstance(pool, LayerPages)
+    return pool
+
+
+def filled(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, NDArray[np.uint8]]:
+    """Fill pages with numbers; these, `[layer, block, head, token, content]`, and the slots that they go to."""
+    values = torch.from_numpy(np.random.default_rng(2).random((LAYERS, BLOCKS, HEADS, TOKENS, WIDTH), np.float32))
+    for tensor, value in zip(tensors, values, strict=True):
+        pieces = len(tensor) // BLOCKS
+        tensor.copy_(value.unflatten(2, (pieces, -1)).movedim(2, 1).flatten(0, 1))
+    slots = np.zeros((BLOCKS, SLOT_BYTES), np.uint8)
+    in_memory(tensors).drain(np.arange(BLOCKS), slots, np.arange(BLOCKS))
+    return values, slots
 
 
 Make = Callable[[], list[torch.Tensor]]
+AS_VLLM: list[Make] = [partial(as_vllm, layout) for layout in KVCacheLayout]
+IN_SMALL_BLOCKS: list[Make] = [partial(as_vllm, layout, TOKENS // 2) for layout in (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)]
 
 
-@pytest.mark.parametrize(
-    "make", [layer_by_layer, block_by_block, tokens_before_heads, each_on_its_own, in_no_order, in_small_blocks]
-)
+@pytest.mark.parametrize("make", [*AS_VLLM, *IN_SMALL_BLOCKS, each_on_its_own, in_no_order])
 def test_pages_go_to_slots_and_back(make: Make) -> None:
     """Shuffled, and in other pages than they came from; nothing beside them is touched."""
     rng = np.random.default_rng(1)
@@ -60,7 +75,7 @@ def test_pages_go_to_slots_and_back(make: Make) -> None:
     for tensor in tensors:
         tensor.copy_(torch.from_numpy(rng.random(tuple(tensor.shape), np.float32)))
     before = [tensor.reshape(BLOCKS, -1).clone() for tensor in tensors]
-    pool = LayerPages(dict(zip(NAMES, tensors, strict=True)), NAMES, BLOCKS, PAGE_BYTES)
+    pool = in_memory(tensors)
     assert len(pool) == BLOCKS and pool.block_bytes == LAYERS * PAGE_BYTES
     slots = np.full((BLOCKS, SLOT_BYTES), 0xEE, np.uint8)
     count = 71
@@ -75,32 +90,46 @@ def test_pages_go_to_slots_and_back(make: Make) -> None:
         assert torch.equal(now[kept], old[kept])
 
 
-def test_layouts_differ_in_a_slot_only_by_the_order_within_a_page() -> None:
-    """Layer by layer and block by block, a block has the same bytes."""
-    rng = np.random.default_rng(2)
-    values = torch.from_numpy(rng.random((LAYERS, BLOCKS, HEADS, TOKENS, WIDTH), np.float32))
-    found = []
-    for make in (layer_by_layer, block_by_block):
-        tensors = make()
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
-        slots = np.zeros((BLOCKS, SLOT_BYTES), np.uint8)
-        pool = LayerPages(dict(zip(NAMES, tensors, strict=True)), NAMES, BLOCKS, PAGE_BYTES)
-        pool.drain(np.arange(BLOCKS), slots, np.arange(BLOCKS))
-        found.append(slots)
-    assert (found[0] == found[1]).all()
+@pytest.mark.parametrize("make", [*AS_VLLM, *IN_SMALL_BLOCKS])
+def test_a_block_is_layers_of_heads_of_tokens_or_of_tokens_of_heads(make: Make) -> None:
+    """As the layout's name says, and however blocks, layers and heads are mixed in memory, or split for kernels."""
+    values, slots = filled(make())
+    name = make.args[0].name  # type: ignore[attr-defined]
+    ordered = values if name.index("H") < name.index("N") else values.transpose(2, 3)
+    expected = ordered.movedim(1, 0).reshape(BLOCKS, -1).numpy().view(np.uint8)
+    assert (slots[:, : LAYERS * PAGE_BYTES] == expected).all()
+
+
+@pytest.mark.parametrize("make", [*AS_VLLM, *IN_SMALL_BLOCKS, each_on_its_own, in_no_order])
+def test_kernels_copy_the_same_bytes(make: Make) -> None:
+    """What a GPU's pages are given as: views that go together, of which the kernels' twins make the slots of main memory."""
+    pytest.importorskip("triton")
+    from tierd_kernels.pages import Pages, gather_twin, scatter_twin
+
+    tensors = make()
+    _, slots = filled(tensors)
+    everything = torch.arange(BLOCKS)
+    pages = Pages(views_of([run for tensor in tensors for run in runs_of("layer", tensor, BLOCKS, PAGE_BYTES)]), parts=1)
+    gathered = torch.zeros(BLOCKS, SLOT_BYTES, dtype=torch.uint8)
+    gather_twin(pages, everything, gathered, everything)
+    assert (gathered.numpy() == slots).all()
+    before = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    scatter_twin(gathered, everything, pages, everything)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 
 
 @pytest.mark.parametrize(
     ("tensor", "why"),
     [
-        (torch.zeros(BLOCKS, HEADS, TOKENS, WIDTH, device="meta"), "main memory only"),
-        (torch.zeros(BLOCKS, HEADS, TOKENS, WIDTH + 2)[..., :WIDTH], "not contiguous"),
+        (torch.zeros(BLOCKS, HEADS, TOKENS, WIDTH, device="meta"), "are on meta: "),
         (torch.zeros(BLOCKS, HEADS, TOKENS, WIDTH + 1), "not 192 x"),
-        (torch.zeros(HEADS, BLOCKS, TOKENS, WIDTH).transpose(0, 1), "not contiguous"),
+        (torch.zeros(BLOCKS + 1, HEADS, TOKENS, WIDTH), "not 192 x"),
+        (torch.zeros(BLOCKS, HEADS * TOKENS * WIDTH), "not 192 x"),
     ],
 )
-def test_pages_that_are_not_one_run_of_bytes_are_refused(tensor: torch.Tensor, why: str) -> None:
-    """Also those on a device, of another size, and those in pieces."""
+def test_pages_that_are_not_what_they_should_be_are_refused(tensor: torch.Tensor, why: str) -> None:
+    """Those on another kind of device, and those of another size or shape."""
     with pytest.raises(ValueError, match=why):
-        LayerPages({"layer": tensor}, ["layer"], BLOCKS, PAGE_BYTES)
+        pages_of({"layer": tensor}, ["layer"], BLOCKS, PAGE_BYTES)

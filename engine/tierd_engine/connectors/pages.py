@@ -79,4 +79,4 @@ def rows(memory: torch.Tensor, first_byte: int, count: int, size: int, distance:
         raise ValueError(
             f"{count} rows of {size} bytes, {distance} apart from byte {first_byte}: not in an allocation of {storage.nbytes()}"
         )
-    return torch.empty(0, dtype=torch.uint8).set_(storage, first_byte, (count, size), (distance, 1))
+    return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(storage, first_byte, (count, size), (distance, 1))

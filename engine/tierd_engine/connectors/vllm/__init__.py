@@ -15,7 +15,7 @@ from tierd_engine.connectors.vllm import api, namespace
 from tierd_engine.connectors.vllm.events import KVEvents
 from tierd_engine.connectors.vllm.messages import Done, Work
 from tierd_engine.connectors.vllm.options import Options
-from tierd_engine.connectors.vllm.pages import LayerPages
+from tierd_engine.connectors.vllm.pages import pages_of
 from tierd_engine.connectors.vllm.scheduler import SchedulerSide
 from tierd_engine.connectors.vllm.shards import Shards
 from tierd_engine.connectors.vllm.stats import TierdMetrics, TierdStats
@@ -69,6 +69,11 @@ class TierdConnector(api.KVConnectorBase_V1, api.SupportsHMA):
             name=f"vllm-{name}",
             removals=removals,
         )
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: api.VllmConfig) -> str | None:
+        """On a GPU all layers of a block in one run, which is one copy of a copy engine; a wish: others are copied, too."""
+        return "BLHNC" if api.on_gpu() else None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -144,7 +149,8 @@ class TierdConnector(api.KVConnectorBase_V1, api.SupportsHMA):
         config = self._kv_cache_config
         [group] = config.kv_cache_groups
         page_bytes = self._layout.block_bytes // self._layout.layers
-        self.worker.pool = LayerPages(kv_caches, group.layer_names, config.num_blocks, page_bytes)
+        self.worker.use(pages_of(kv_caches, group.layer_names, config.num_blocks, page_bytes))
+        log.info("%r", self.worker.pool)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin loads; synchronous ones are done when this returns."""

@@ -48,6 +48,7 @@ __all__ = [
     "block_removed",
     "block_stored",
     "init_logger",
+    "on_gpu",
     "platform_name",
     "publishes_events",
 ]
@@ -56,6 +57,11 @@ __all__ = [
 def platform_name() -> str:
     """What computes: the kind of device, and its name."""
     return f"{current_platform.device_type} {current_platform.get_device_name()}"
+
+
+def on_gpu() -> bool:
+    """Whether NVIDIA GPUs compute."""
+    return bool(current_platform.is_cuda())
 
 
 def publishes_events(config: VllmConfig) -> bool:

@@ -59,6 +59,11 @@ def check_supported(config: VllmConfig, kv_cache_config: KVCacheConfig, load: st
             "speculative decoding is on: blocks may hold tokens that are rejected later. Leave it out",
         ),
         (
+            config.model_config.enable_sleep_mode,
+            "an engine that falls asleep gives up its pages, and blocks may still be copied from them. "
+            "Leave out --enable-sleep-mode",
+        ),
+        (
             cache.cache_dtype.startswith("fp8") and getattr(cache, "calculate_kv_scales", False),
             "KV scales are computed anew at each start, and stored blocks carry none. Leave out --calculate-kv-scales",
         ),

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from tierd.client import Client, Stored
 from tierd_engine.connectors.failures import said_not_raised
@@ -17,6 +18,11 @@ from tierd_engine.connectors.vllm.messages import Done, Run, Work
 from tierd_engine.connectors.vllm.options import Options
 from tierd_engine.connectors.vllm.pages import LayerPages
 from tierd_engine.connectors.vllm.stats import TierdStats
+
+if TYPE_CHECKING:
+    from tierd_engine.device import DevicePages
+
+    Pages = LayerPages | DevicePages
 
 log = init_logger(f"vllm.{__name__}")
 
@@ -32,11 +38,15 @@ class Outcome:
 
 
 class WorkerSide:
-    """Owns the client. Loads run in parallel; saves one after the other, because a block is stored after its parent."""
+    """Owns the client. Loads run in parallel; saves one after the other, because a block is stored after its parent.
+
+    A step's copies wait for what the engine's stream has been given before them: what is saved has been computed then, and
+    nobody uses any more what a load overwrites. The threads that copy wait; the engine does not.
+    """
 
     def __init__(self, client: Client, options: Options) -> None:
         self.client, self.options = client, options
-        self.pool: LayerPages | None = None
+        self.pool: Pages | None = None
         self._loaders = ThreadPoolExecutor(options.load_threads, "tierd-load", initializer=copy_alone)
         self._saver = ThreadPoolExecutor(1, "tierd-save", initializer=copy_alone)
         self._ended: SimpleQueue[tuple[Run, str, dict[str, int], float]] = SimpleQueue()
@@ -44,23 +54,31 @@ class WorkerSide:
         """Work that the scheduler planned when it knew of no more failed loads than these rests on pages never filled."""
         self.outcome = Outcome()
 
+    def use(self, pool: Pages) -> None:
+        """Copy from and to these pages from now on, with tierd's segments registered for it where they are a GPU's."""
+        self.pool = pool
+        if pool.pins:
+            self.client.pin(pool.pins)
+
     def load(self, work: Work) -> None:
         """Begin this step's loads, or make them."""
+        pool = self._now(work.loads)
         for run in work.loads:
             if self.options.load == "sync":
-                self._load(run, work.failures)
+                self._load(run, pool, work.failures)
             else:
-                self._loaders.submit(self._load, run)
+                self._loaders.submit(self._load, run, pool)
 
     def save(self, work: Work) -> None:
-        """Begin this step's saves, or make them; the step has computed what is in the pages."""
+        """Begin this step's saves, or make them; the step has computed what is in the pages, or its stream will."""
+        pool = self._now(work.saves)
         for run in work.saves:
             if work.failures <= self._failures:
                 self._ended.put((run, "saves", {"skipped": len(run.pages)}, 0.0))
             elif self.options.save == "sync":
-                self._save(run)
+                self._save(run, pool)
             else:
-                self._saver.submit(self._save, run)
+                self._saver.submit(self._save, run, pool)
 
     def take(self) -> Outcome:
         """What has ended since the last call."""
@@ -91,8 +109,12 @@ class WorkerSide:
         self._saver.shutdown(cancel_futures=True)
         self.client.close()
 
-    def _load(self, run: Run, failures: int | None = None) -> None:
-        pool, began, arrived = self.pool, perf_counter(), 0
+    def _now(self, runs: list[Run]) -> Pages | None:
+        """The pages of these runs behind all that the engine has asked for until now. To be called by its thread."""
+        return self.pool.now() if self.pool and runs else None
+
+    def _load(self, run: Run, pool: Pages | None, failures: int | None = None) -> None:
+        began, arrived = perf_counter(), 0
         with said_not_raised(log, "load"):
             assert pool is not None, "vLLM loads before it registered its pages"
             arrived = self.client.load(run.hashes, pool, run.pages, run.parent)
@@ -101,8 +123,8 @@ class WorkerSide:
         counts = {"loaded": arrived, "failed": len(run.pages) - arrived}
         self._ended.put((run, "loads", counts, perf_counter() - began))
 
-    def _save(self, run: Run) -> None:
-        pool, began, stored = self.pool, perf_counter(), Stored(refused=len(run.pages))
+    def _save(self, run: Run, pool: Pages | None) -> None:
+        began, stored = perf_counter(), Stored(refused=len(run.pages))
         with said_not_raised(log, "save"):
             assert pool is not None, "vLLM saves before it registered its pages"
             stored = self.client.store(run.hashes, pool, run.pages, run.parent)
