@@ -24,6 +24,8 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -134,14 +136,25 @@ class House:
         """The connector's side in the scheduler."""
         return self.scheduler.connector.scheduler
 
-    def add(self, prompt: list[int], max_tokens: int = 1, salt: str | None = None, **tierd: Any) -> str:
-        """A new request; returns its id."""
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int = 1,
+        salt: str | None = None,
+        lora: LoRARequest | None = None,
+        image: MultiModalFeatureSpec | None = None,
+        **tierd: Any,
+    ) -> str:
+        """A new request; returns its id. KV is a function of the tokens alone here: what else tells requests apart shows in
+        what is computed.
+        """
         self._ids += 1
         name = f"r{self._ids}"
         extra = {"kv_transfer_params": {"tierd": tierd}} if tierd else None
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
         sampling.update_from_generation_config({}, None)
-        request = Request(name, prompt, sampling, None, cache_salt=salt, block_hasher=self._hasher)
+        told_apart = {"cache_salt": salt, "lora_request": lora, "mm_features": [image] if image else None}
+        request = Request(name, prompt, sampling, None, **told_apart, block_hasher=self._hasher)  # type: ignore[arg-type]
         self.tokens[name], self.computed[name] = list(prompt), 0
         self.scheduler.add_request(request)
         return name

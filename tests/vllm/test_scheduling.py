@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
 from tests.daemon.conftest import Start
 from tests.daemon.harness import Daemon
@@ -218,6 +221,35 @@ def test_salts_do_not_share(build: Build) -> None:
     assert house.run(text) == len(text)
     house.forget()
     assert house.run(text, salt="a") == 5
+
+
+def test_adapters_do_not_share(build: Build) -> None:
+    """The same text by another adapter, by one of that name from elsewhere, or by none, is another text."""
+    text, house = prompt(9, 5), build()
+    adapter = LoRARequest("legal", 1, "/adapters/legal")
+    house.run(text, lora=adapter)
+    for other in (LoRARequest("medical", 2, "/adapters/medical"), LoRARequest("legal", 3, "/adapters/legal-2"), None):
+        house.forget()
+        assert house.run(text, lora=other) == len(text)
+    house.forget()
+    assert house.run(text, lora=LoRARequest("legal", 4, "/adapters/legal")) == 5
+
+
+def test_images_do_not_share_from_the_block_on_where_they_begin(build: Build) -> None:
+    """Behind the same three blocks of text, placeholders of another image are another text."""
+    text, house = prompt(9, 5), build()
+    house.scheduler.max_num_encoder_input_tokens = len(text)  # the model of these tests sees nothing
+    house.scheduler.encoder_cache_manager = EncoderCacheManager(len(text))
+    house.run(text, image=picture("one"))
+    house.forget()
+    assert house.run(text, image=picture("two")) == len(text) - 3 * BLOCK
+    house.forget()
+    assert house.run(text, image=picture("one")) == 5
+
+
+def picture(name: str) -> MultiModalFeatureSpec:
+    """An image whose placeholders are a block and a half of tokens, from the fourth block on."""
+    return MultiModalFeatureSpec(None, "image", name, PlaceholderRange(offset=3 * BLOCK + 2, length=BLOCK * 3 // 2))
 
 
 def test_a_request_may_decline(build: Build) -> None:
