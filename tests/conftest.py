@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,13 @@ def own_environment() -> None:
     """Tests, and the processes that they start, see no configuration of the user's."""
     for name in [name for name in os.environ if name.startswith(OTHERS)]:
         del os.environ[name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Processes that tests start can be interrupted, also where a shell started the tests in its background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
