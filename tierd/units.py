@@ -27,6 +27,8 @@ SAID_TWICE = (
 """Keys of the configuration, and where a socket unit says the same."""
 HOMES = tuple(map(Path, ("/home", "/root", "/run/user")))
 """What ProtectHome= hides."""
+TEMPORARY = Path("/tmp"), Path("/var/tmp")
+"""What PrivateTmp= hides."""
 
 
 def shipped(name: str) -> str:
@@ -98,8 +100,12 @@ def fitted(service: str, config: Config) -> str:
 
 
 def seen(service: str) -> str:
-    """The unit with this environment in its sight, where that lies below somebody's home."""
+    """The unit with this environment in its sight, where that lies below somebody's home, or where temporary files are."""
     prefixes = {Path(path) for path in (sys.prefix, sys.base_prefix, Path(tierd.__file__).parents[1])}
-    if at_home := sorted(str(path) for path in prefixes if any(home in path.parents for home in HOMES)):
-        service = service.replace("ProtectHome=yes\n", f"ProtectHome=tmpfs\nBindReadOnlyPaths={' '.join(at_home)}\n")
+    for folders, hides, shows in (
+        (HOMES, "ProtectHome=yes", "ProtectHome=tmpfs"),
+        (TEMPORARY, "PrivateTmp=yes", "PrivateTmp=yes"),
+    ):
+        if within := sorted(str(path) for path in prefixes if any(folder in path.parents for folder in folders)):
+            service = service.replace(f"{hides}\n", f"{shows}\nBindReadOnlyPaths={' '.join(within)}\n")
     return service

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import tierd
 from tierd.cli import main
 from tierd.config import KEYS, Config
-from tierd.units import DESCRIPTORS_MIN, UNITS, shipped
+from tierd.units import DESCRIPTORS_MIN, UNITS, seen, shipped
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 EXPOSURE_TENTHS_MAX = 16
@@ -56,6 +57,24 @@ def test_systemd_and_tierd_agree_on_how_much_is_kept(service: str) -> None:
     text = shipped(service)
     assert value(text, "FileDescriptorStoreMax") == str(DESCRIPTORS_MIN)
     assert f"Environment=FDSTORE={DESCRIPTORS_MIN}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("prefix", "lines"),
+    [
+        ("/home/ada/env", "ProtectHome=tmpfs\nBindReadOnlyPaths=/home/ada/env\n"),
+        ("/tmp/env", "PrivateTmp=yes\nBindReadOnlyPaths=/tmp/env\n"),
+        ("/opt/env", "ProtectHome=yes\n"),
+    ],
+)
+def test_the_service_sees_its_environment_wherever_it_is(prefix: str, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a home or among temporary files, which it sees nothing else of."""
+    monkeypatch.setattr(sys, "prefix", prefix)
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.setattr(tierd, "__file__", "/usr/lib/python3/tierd/__init__.py")
+    text = seen(shipped("tierd.service"))
+    assert lines in text
+    assert text.count("BindReadOnlyPaths=") == lines.count("BindReadOnlyPaths=") == (prefix != "/opt/env")
 
 
 def test_installing_twice_and_removing_leaves_nothing(tmp_path: Path) -> None:
