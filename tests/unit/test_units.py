@@ -62,17 +62,18 @@ def test_systemd_and_tierd_agree_on_how_much_is_kept(service: str) -> None:
 @pytest.mark.parametrize(
     ("prefix", "lines"),
     [
-        ("/home/ada/env", "ProtectHome=tmpfs\nBindReadOnlyPaths=/home/ada/env\n"),
+        ("/home/u/env", "ProtectHome=tmpfs\nBindReadOnlyPaths=/home/u/env\n"),
         ("/tmp/env", "PrivateTmp=yes\nBindReadOnlyPaths=/tmp/env\n"),
         ("/opt/env", "ProtectHome=yes\n"),
     ],
 )
 def test_the_service_sees_its_environment_wherever_it_is(prefix: str, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a home or among temporary files, which it sees nothing else of."""
+    unit = shipped("tierd.service")
     monkeypatch.setattr(sys, "prefix", prefix)
     monkeypatch.setattr(sys, "base_prefix", "/usr")
     monkeypatch.setattr(tierd, "__file__", "/usr/lib/python3/tierd/__init__.py")
-    text = seen(shipped("tierd.service"))
+    text = seen(unit)
     assert lines in text
     assert text.count("BindReadOnlyPaths=") == lines.count("BindReadOnlyPaths=") == (prefix != "/opt/env")
 
