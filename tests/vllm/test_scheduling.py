@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -284,6 +285,22 @@ def test_a_request_may_ask_to_be_kept(build: Build, daemon: Daemon) -> None:
     name = daemon.status()["namespaces"][0]["id"]
     deadline = monotonic_seconds() + 20  # the daemon is told, and does not answer
     while kept_by(daemon, name) != {6: 7, 3: 0}:
+        assert monotonic_seconds() < deadline, kept_by(daemon, name)
+
+
+def test_a_request_that_ends_before_its_saves_is_kept_whole(build: Build, daemon: Daemon) -> None:
+    """The runs of its prompt and of its answer are both still under way when it ends."""
+    house, held = build(), Event()
+    house.connector.worker._saver.submit(held.wait, 20)
+    house.add(prompt(35, 5), max_tokens=BLOCK + 1, ttl_seconds=60, priority=7)
+    while house.scheduler.requests:
+        house.step()
+    assert [keeping.saves for keeping in house.side._keeping.values()] == [2]
+    held.set()
+    house.finish()
+    name = daemon.status()["namespaces"][0]["id"]
+    deadline = monotonic_seconds() + 20
+    while kept_by(daemon, name) != {6: 7}:
         assert monotonic_seconds() < deadline, kept_by(daemon, name)
 
 

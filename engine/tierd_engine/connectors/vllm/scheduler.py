@@ -186,12 +186,14 @@ class SchedulerSide:
             self.pages.free_blocks(reversed(saving.pages))
             if self.events:
                 self.events.ended(number, saving.request, saving.first, kept)
+            whole = kept == len(saving.pages)
             if keeping := self._keeping.pop(id(saving.request), None):
-                keeping.stored = min(keeping.stored, saving.first + kept)
+                if not whole:
+                    keeping.stored = min(keeping.stored, saving.first + kept)
                 keeping.saves -= 1
                 self._keep(keeping)
             owner = self._requests.get(saving.request.request_id)
-            if owner is not None and owner.request is saving.request and kept < len(saving.pages):
+            if owner is not None and owner.request is saving.request and not whole:
                 owner.stored = min(owner.stored, saving.first + kept)
                 owner.again = monotonic() + AGAIN_SECONDS
 
