@@ -113,7 +113,7 @@ class Nvme:
     require_gds: bool = key(False, boolean)
     write_back: bool = key(True, boolean)
     policy: str = key("lru", one_of(*POLICIES))
-    admission: str = key("everything", one_of("everything", "second-sight", "policy"))
+    admission: str = key("everything", one_of("everything", "second-sight", "learned", "policy"))
     write_bytes_per_day: int = key("0", size(MIB, 1024 * TIB, zero=True))
     probe_seconds_max: float = key(10.0, decimal(0.1, 600))
     scrub_bytes_per_second: int = key("64MiB", size(64 * KIB, 1024 * GIB), live=True)

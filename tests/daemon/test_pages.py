@@ -328,6 +328,24 @@ def test_pages_survive_the_daemon_where_its_memory_is_kept(start: Start, gpu: di
     reserve_all(one)
 
 
+def test_the_log_says_once_that_tierd_is_away_and_once_that_it_is_back(
+    start: Start, gpu: dict[str, Any], connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However often an engine polls meanwhile."""
+    daemon = start(**gpu)
+    client = connect(daemon, name="engine-7")
+    for _ in range(2):
+        daemon.kill()
+        until(client, lambda: not client.alive)
+        for _ in range(1000):
+            client.poll()
+        daemon.start()
+        until(client, lambda: client.alive)
+    said = [record.getMessage() for record in caplog.records if record.name == "tierd.client"]
+    assert [one[: len("tierd is back")] for one in said] == ["tierd is away", "tierd is back"] * 2
+    assert all("engine-7" in one for one in said)
+
+
 def test_engines_under_pressure_keep_right_bytes_through_kills(start: Start, gpu: dict[str, Any], connect: Connect) -> None:
     """Engines that share prefixes, store five times the tier and let go at random, while the daemon is killed again and again:
     whatever they hold has its bytes after every step, and at the end nothing is held."""

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.sim.clients import chain
+from tierd.block import ROOT
 from tierd.cli import USAGE, main
-from tierd.core.admission import ADMISSIONS, SECOND_SIGHT, SEEN_MIN, Admission
+from tierd.core.admission import ADMISSIONS, LEARNED, SECOND_SIGHT
 from tierd.core.index import Node
 from tierd.replay.house import House
-from tierd.replay.trace import block_hashes
 
 NVME = 1
 
@@ -22,30 +22,6 @@ NVME = 1
 def line(now: int, ids: list[int]) -> str:
     """A request of blocks of 16 tokens."""
     return json.dumps({"timestamp": now, "input_length": 16 * len(ids), "output_length": 1, "hash_ids": ids})
-
-
-def test_second_sight_lets_in_the_head_that_was_seen_before() -> None:
-    """A run is remembered, and the next time its known head may come in, wherever it begins."""
-    admission = Admission(SECOND_SIGHT, lambda: 10)
-    names = block_hashes(40)
-    assert admission.offered(names[:20].tobytes()) == 0
-    assert admission.offered(names[10:30].tobytes()) == 10
-    assert admission.offered(names[5:40].tobytes()) == 25
-
-
-def test_what_is_remembered_is_bounded_and_grows_with_the_tier() -> None:
-    """Eight bytes a place, for four times the tier's blocks; growing forgets next to nothing."""
-    slots = 10
-    admission = Admission(SECOND_SIGHT, lambda: slots)
-    names = block_hashes(1000)
-    admission.offered(names.tobytes())
-    slots = SEEN_MIN
-    seen = sum(admission.offered(name.tobytes()) for name in names)
-    assert seen > 950
-    assert 4 * slots <= len(admission._seen) < 8 * slots
-    for _ in range(20):
-        admission.offered(np.random.default_rng(1).bytes(32 * 50_000))
-    assert len(admission._seen) < 8 * slots
 
 
 @pytest.mark.parametrize("admission", ADMISSIONS)
@@ -90,6 +66,60 @@ def test_what_is_never_read_again_is_never_written_on_second_sight() -> None:
     assert writes[SECOND_SIGHT] == 11 and writes["everything"] > 400
 
 
+@pytest.mark.parametrize(("admission", "written"), [("everything", 10), (SECOND_SIGHT, 0)])
+def test_what_comes_by_way_of_cpu_is_chosen_too(admission: str, written: int) -> None:
+    """A block of the gpu tier goes on to nvme from cpu, and only when it may."""
+    house = House({"gpu": 50, "cpu": 50, "nvme": 50}, {}, admission)
+    cache, hashes = house.cache, b"".join(chain(list(range(10))))
+    cache.open_session(2, 1, cache.ladder.place("gpu"))
+    cache.lookup(2, hashes, ROOT, 0)
+    cache.commit(2, cache.store(2, hashes, ROOT, 0).lease, None, 0)
+    house.write_back(0)
+    assert (house.written["cpu"], house.written["nvme"]) == (10, written)
+    cache.release(2, cache.lookup(2, hashes, ROOT, 1).lease)
+    house.write_back(1)
+    assert house.written["nvme"] == 10
+
+
+def mixed(admission: str, requests: int) -> tuple[House, list[bool]]:
+    """Prompts of 3 blocks that are asked for again within 20 requests, and prompts of 30 that never are; also which of the
+    latter came to nvme.
+    """
+    house, late = House({"cpu": 60, "nvme": 600}, {}, admission), []
+    for now in range(requests):
+        house.request(b"".join(chain([10_000 + now, 1, 2])), now * 1000)
+        house.request(b"".join(chain([10_000 + max(0, now - 10), 1, 2])), now * 1000)
+        before = house.written["nvme"]
+        house.request(b"".join(chain([-1 - now, *range(29)])), now * 1000)
+        late.append(house.written["nvme"] > before)
+    return house, late
+
+
+def test_what_is_learnt_to_be_read_again_is_written_at_first_sight() -> None:
+    """Short prompts come again here and long ones do not: after a turn of the tier or two, the one kind alone is written."""
+    everything, _ = mixed("everything", 300)
+    learned, late = mixed(LEARNED, 300)
+    assert all(late[:18]), "without evidence everything is written"
+    assert sum(late[100:]) <= 10, "what is not known well enough any more is tried again"
+    assert learned.hits == everything.hits
+    assert learned.written["nvme"] < 0.4 * everything.written["nvme"]
+
+
+def test_where_all_is_read_again_learned_admission_is_none() -> None:
+    """Conversations that go on: block for block what write-through does."""
+    houses = [House({"cpu": 40, "nvme": 300}, {}, admission) for admission in ("everything", LEARNED)]
+    dice = random.Random(3)
+    talks = [[number] for number in range(4)]
+    for now in range(1500):
+        talk = talks[dice.randrange(len(talks))]
+        talk += [dice.getrandbits(30) for _ in range(dice.randint(1, 3))]
+        if len(talk) > 50:
+            talk[:] = [dice.getrandbits(30)]
+        hits = {house.request(b"".join(chain(talk)), now * 1000) for house in houses}
+        assert len(hits) == 1
+    assert houses[0].written == houses[1].written
+
+
 def test_two_tiers_are_replayed_for_programs_and_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What both tiers did, for each setting; hits of the tiers sum to all hits."""
     file = tmp_path / "two.jsonl"
@@ -102,11 +132,11 @@ def test_two_tiers_are_replayed_for_programs_and_people(tmp_path: Path, capsys: 
         "--tiers",
         "cpu=0.05,nvme=0.4",
         "--policy",
-        "lru,chd/lru,lru/lru/second-sight,chd/chd/policy",
+        "lru,chd/lru,lru/lru/second-sight,lru/lru/learned,chd/chd/policy",
     ]
     assert main([*arguments, "--json"]) == 0
     rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
-    assert list(rows) == ["lru", "chd/lru", "lru/lru/second-sight", "chd/chd/policy", "opt"]
+    assert list(rows) == ["lru", "chd/lru", "lru/lru/second-sight", "lru/lru/learned", "chd/chd/policy", "opt"]
     for name, row in rows.items():
         assert 0 < row["block_hit"] <= rows["opt"]["block_hit"] + 1e-9
         if name != "opt":

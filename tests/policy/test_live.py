@@ -12,7 +12,7 @@ from tests.sim.clients import chain
 POINTS = 0.005
 
 
-@pytest.mark.parametrize("setting", ["lru/lru/everything", "chd/lru/second-sight", "chd/chd/everything"])
+@pytest.mark.parametrize("setting", ["lru/lru/everything", "chd/lru/second-sight", "lru/lru/learned", "chd/chd/everything"])
 def test_hit_rates_of_a_daemon_are_those_of_its_replay(setting: str) -> None:
     """To half a point, with conversations that come back and prompts that do not, in tiers that are too small for them."""
     cpu, nvme, admission = setting.split("/")

@@ -118,7 +118,7 @@ def test_domains_map_users_to_names(tmp_path: Path) -> None:
         ('[cpu]\nhuge_pages = "yes"', r"cpu\.huge_pages = 'yes' must be 'auto' or 'off' or 'require'"),
         ("[nvme]\nwrite_back = 1", r"nvme\.write_back = 1 must be true or false"),
         ('[cpu]\npolicy = "arc"', r"cpu\.policy = 'arc' must be 'lru' or 'lfu' or 'chd'"),
-        ('[nvme]\nadmission = "some"', r"nvme\.admission = 'some' must be 'everything' or 'second-sight' or 'policy'"),
+        ('[nvme]\nadmission = "some"', r"nvme\.admission = 'some' must be 'everything' or .* 'learned' or 'policy'"),
         ("[nvme]\nio_threads = 0", r"nvme\.io_threads = 0 must be an integer from 1 to 64"),
         ("[nvme]\nio_threads = 1.0", r"nvme\.io_threads = 1\.0 must be an integer"),
         ("[nvme]\nprobe_seconds_max = nan", r"nvme\.probe_seconds_max = nan must be a number from 0\.1 to 600"),

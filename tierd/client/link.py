@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tierd.client.absence import PAUSE_SECONDS_MAX, PAUSE_SECONDS_MIN
+from tierd.client.absence import Absence
 from tierd.client.connection import Connection, OnPush, Ticket
 from tierd.clock import monotonic_seconds
 from tierd.errors import Closed, Gone, Invalid, TierdError
@@ -53,13 +53,13 @@ class Link:
         self._greeting: Ticket | None = None
         self._asked_at = 0.0
         self._events: Connection | None = None
-        self._pause = self._tried_at = 0.0
+        self._absence = Absence(hello["client"], path)
 
     def poll(self) -> None:
         """Take what has arrived, or try to connect if it is time to."""
         try:
             if self.connection is None:
-                if monotonic_seconds() >= self._tried_at + self._pause:
+                if not self._absence.pause_seconds_left():
                     self._connect()
                 return
             for _ in range(READS_MAX):  # what comes with descriptors ends a read, and what lies behind it is not late
@@ -91,8 +91,7 @@ class Link:
         was_there = self.connection is not None
         self.connection = self._events = self._greeting = None
         self.alive = False
-        self._pause = min(max(2 * self._pause, PAUSE_SECONDS_MIN), PAUSE_SECONDS_MAX)
-        self._tried_at = monotonic_seconds()
+        self._absence.failed(Closed(reason))
         if was_there:
             self._lost()
 
@@ -134,7 +133,8 @@ class Link:
             if monotonic_seconds() > self._asked_at + self.deadline_seconds:
                 raise Closed("the daemon did not answer the greeting in time")
             return
-        self._greeting, self.welcome, self._pause = None, welcome, 0.0
+        self._greeting, self.welcome = None, welcome
+        self._absence.answered()
         self.alive, self.life = True, self.life + 1
         self._greeted(resumed)
         with suppress(TierdError):  # without it segments cannot be taken back, which is the daemon's loss

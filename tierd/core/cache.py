@@ -175,6 +175,7 @@ class Cache:
         slots, pieces = self._resident(hashes, parent)
         here, blocks = slots[tier], slots.shape[1]
         is_here = here >= 0
+        self.write_back.admission.asked(hashes, blocks)
         self._offer_again(hashes, parent, slots)
         near = self.ladder.near[tier]
         tiers = self._attribute(hashes, slots, near, is_here if near[0] == tier else slots[near[0]] >= 0)
@@ -330,7 +331,7 @@ class Cache:
         if source == self.ladder.closed and not good.all():
             self._promotion.distrust(transfer, ~good)
         if transfer.reason == WRITE_BACK:
-            self.write_back.push(target, transfer.parents[:HASH_BYTES], transfer.hashes, transfer.number)
+            self.write_back.offer(target, transfer.parents[:HASH_BYTES], transfer.hashes, transfer.number)
         self._transfers.end(transfer)
 
     def vacate(self, tier: int, ordinal: int) -> None:

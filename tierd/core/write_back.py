@@ -96,7 +96,7 @@ class WriteBack:
         self.queues = {target: Queue() for target in range(ladder.below(0), lowest)}
         """By target."""
         lower = self._pools[ladder.closed] if ladder.closed < len(ladder) else None
-        self.admission = Admission(admission, lambda: lower.slots if lower else 0)
+        self.admission = Admission(admission, lambda: lower.slots if lower else 0, lambda: counters["written",])
         self._number = 0
 
     def mark(self) -> int:
@@ -123,12 +123,12 @@ class WriteBack:
         while queue.blocks > TURNS * above and len(queue) > 1:
             self._counters["write_back_dropped",] += len(queue.pop().hashes) // HASH_BYTES
 
-    def offer(self, tier: int, parent: bytes, hashes: bytes) -> None:
-        """Queue what may come to the tier below of a run that was just stored in `tier`, or read there."""
+    def offer(self, tier: int, parent: bytes, hashes: bytes, number: int | None = None) -> None:
+        """Queue what may come to the tier below of a run that was just stored in `tier`, or read there (see `push`)."""
         if self._ladder.below(tier) == self._ladder.closed and self._ladder.closed in self.queues:
             hashes = hashes[: self.admission.offered(hashes) * HASH_BYTES]
         if hashes:
-            self.push(tier, parent, hashes)
+            self.push(tier, parent, hashes, number)
 
     def push_all(self) -> None:
         """Queue all that is not below, coldest first (after recovery)."""

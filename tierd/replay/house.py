@@ -60,10 +60,14 @@ class House:
             left -= number
         if at * HASH_BYTES < len(hashes):
             self._store(hashes[at * HASH_BYTES :], hashes[(at - 1) * HASH_BYTES : at * HASH_BYTES] if at else ROOT, now)
+        self.write_back(now)
+        return at
+
+    def write_back(self, now: int) -> None:
+        """Write down all that waits for it."""
         for target in self.cache.write_back.queues:
             while self.cache.plan_write_back(target, self.cache.write_back.piece(target)):
                 self._move(now)
-        return at
 
     def turn_ended(self, hashes: bytes, stop: str | None) -> None:
         """The engine says why the turn ended that began with these blocks."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from tierd.block import HASH_BYTES
 from tierd.core.policy.placed import Placed, Spot, haunt, recall
-from tierd.core.policy.runs import MARK_BYTES, Ghosts, key, marks_of
+from tierd.core.policy.runs import MARK_BYTES, Ghosts, Run, key, marks_of
 
 ONCE, AGAIN = 0, 1
 
@@ -24,7 +24,7 @@ class Arc(Placed):
     def __init__(self, slots: Callable[[], int]) -> None:
         super().__init__(2)
         self._slots = slots
-        self._ghosts = [Ghosts(), Ghosts()]
+        self._ghosts: list[Ghosts[Run]] = [Ghosts(), Ghosts()]
         self._room_for_once = 0
         """Blocks that the first list may have (p in the paper)."""
         self._returning = b"", 0

@@ -106,12 +106,12 @@ class Placed(Policy):
         return [0]
 
 
-def haunt(ghosts: Ghosts, hashes: bytes) -> None:
+def haunt(ghosts: Ghosts[Run], hashes: bytes) -> None:
     """Remember blocks that have left the tier, of which nothing more is known."""
     ghosts.put(Run(0, 0, 0, 1, 0, 0.0), marks_of(hashes))
 
 
-def recall(ghosts: Ghosts, marks: bytes, at: int) -> int:
+def recall(ghosts: Ghosts[Run], marks: bytes, at: int) -> int:
     """Forget the ghosts of blocks that come again, along `marks` from byte `at`; returns how many blocks they have."""
     found = ghosts.along(marks, at)
     for run, same in found:

@@ -1,4 +1,4 @@
-"""What chd remembers of blocks, whether they are in the tier or not: runs in the tier are its nodes', the others ghosts.
+"""What is remembered of blocks, whether they are in a tier or not: runs in it are a policy's nodes', the others ghosts.
 
 A ghost has no more of its blocks' names than 8 bytes of each hash: it is evidence, not identity.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -16,20 +16,35 @@ from tierd.block import HASH_BYTES
 MARK_BYTES = 8
 
 
-class Run:
-    """Blocks that were read last by the same request. Only a ghost has `marks`: 8 bytes of each block's hash.
+class Ghost:
+    """So many blocks that follow each other, with their `marks`, which are 8 bytes of each block's hash."""
+
+    __slots__ = ("blocks", "marks")
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.marks = b""
+
+    def tail(self, blocks: int) -> Any:
+        """What becomes of all but the first `blocks` blocks when they are cut off."""
+        raise NotImplementedError
+
+
+G = TypeVar("G", bound=Ghost)
+
+
+class Run(Ghost):
+    """Blocks that were read last by the same request. Only a ghost has marks.
 
     `weight` is how much a block counts, `behind` the mark of a ghost that was cut off its end.
     """
 
     __slots__ = (
         "behind",
-        "blocks",
         "ends",
         "interval",
         "kind",
         "last",
-        "marks",
         "order",
         "session",
         "shared",
@@ -38,7 +53,7 @@ class Run:
     )
 
     def __init__(self, blocks: int, last: int, session: int, turn: int, kind: int, weight: float) -> None:
-        self.blocks = blocks
+        super().__init__(blocks)
         self.last = last
         self.order = 0
         self.session = session
@@ -48,7 +63,6 @@ class Run:
         self.shared = False
         self.interval = 0.0
         self.ends = False
-        self.marks = b""
         self.behind = b""
 
     def part(self, blocks: int) -> Run:
@@ -56,6 +70,13 @@ class Run:
         run = Run(blocks, self.last, self.session, self.turn, self.kind, self.weight)
         run.order, run.shared, run.interval = self.order, self.shared, self.interval
         return run
+
+    def tail(self, blocks: int) -> Run:
+        """The part behind the first `blocks` blocks, with what is known of the end."""
+        tail = self.part(self.blocks - blocks)
+        tail.ends, tail.behind = self.ends, self.behind
+        self.ends, self.behind = False, b""
+        return tail
 
     def alike(self, other: Run) -> bool:
         """Whether nothing is lost if both are one."""
@@ -67,35 +88,38 @@ def marks_of(hashes: bytes) -> bytes:
     return np.frombuffer(hashes, np.uint64)[:: HASH_BYTES // 8].tobytes()
 
 
-class Ghosts:
-    """Runs that are not in the tier, the oldest first, by the mark of their first block; `lost` hears of what is forgotten."""
+class Ghosts(Generic[G]):
+    """Runs by the mark of their first block, the oldest first; `lost` hears of what is forgotten."""
 
-    def __init__(self, lost: Callable[[Run], None] = lambda run: None) -> None:
+    def __init__(self, lost: Callable[[G], None] = lambda run: None) -> None:
         self.blocks = 0
         self._lost = lost
-        self._runs: OrderedDict[bytes, Run] = OrderedDict()
+        self._runs: OrderedDict[bytes, G] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def get(self, mark: bytes) -> Run | None:
+    def get(self, mark: bytes) -> G | None:
         """The run that begins with a mark."""
         return self._runs.get(mark)
 
-    def put(self, run: Run, marks: bytes) -> None:
+    def put(self, run: G, marks: bytes) -> None:
         """A run that has left the tier, or never was in it."""
         if orphan := self._runs.get(marks[:MARK_BYTES]):  # what it hung below was forgotten before
             self.pop(orphan)
             self._lost(orphan)
-        run.marks, run.order = marks, 0
-        run.blocks = len(marks) // MARK_BYTES
+        run.marks, run.blocks = marks, len(marks) // MARK_BYTES
         self.blocks += run.blocks
         self._runs[marks[:MARK_BYTES]] = run
 
-    def pop(self, run: Run) -> None:
+    def pop(self, run: G) -> None:
         """A run comes into the tier, or is forgotten."""
         del self._runs[run.marks[:MARK_BYTES]]
         self.blocks -= run.blocks
+
+    def oldest(self) -> G | None:
+        """The run that has been here longest."""
+        return next(iter(self._runs.values()), None)
 
     def forget_oldest(self) -> None:
         """Forget the run that has been here longest."""
@@ -103,23 +127,21 @@ class Ghosts:
         self.pop(run)
         self._lost(run)
 
-    def refresh(self, run: Run) -> None:
+    def refresh(self, run: G) -> None:
         """A run was asked for."""
         self._runs.move_to_end(run.marks[:MARK_BYTES])
 
-    def cut(self, run: Run, blocks: int) -> Run:
+    def cut(self, run: G, blocks: int) -> G:
         """Cut a run behind its first `blocks` blocks; returns the tail, which is a ghost as old as it was."""
-        tail = run.part(run.blocks - blocks)
-        tail.ends, tail.behind = run.ends, run.behind
-        self.blocks -= tail.blocks
+        tail: G = run.tail(blocks)
+        self.blocks -= run.blocks - blocks
         self.put(tail, run.marks[blocks * MARK_BYTES :])
         run.marks, run.blocks = run.marks[: blocks * MARK_BYTES], blocks
-        run.ends, run.behind = False, b""
         return tail
 
-    def along(self, marks: bytes, at: int) -> list[tuple[Run, int]]:
+    def along(self, marks: bytes, at: int) -> list[tuple[G, int]]:
         """Runs that follow each other along `marks` from byte `at`, each with how many of its blocks are the same."""
-        found: list[tuple[Run, int]] = []
+        found: list[tuple[G, int]] = []
         while run := self._runs.get(marks[at : at + MARK_BYTES]):
             same = run.blocks if marks.startswith(run.marks, at) else _common(run.marks, marks, at)
             found.append((run, same))

@@ -13,7 +13,7 @@ from typing import Any
 
 from tierd.block import HASH_BYTES
 from tierd.core.policy.placed import Placed, Spot, haunt, recall
-from tierd.core.policy.runs import MARK_BYTES, Ghosts, key, marks_of
+from tierd.core.policy.runs import MARK_BYTES, Ghosts, Run, key, marks_of
 
 SMALL, MAIN = 0, 1
 SMALL_SHARE, GHOST_SHARE = 0.1, 0.9
@@ -26,7 +26,7 @@ class S3Fifo(Placed):
     def __init__(self, slots: Callable[[], int]) -> None:
         super().__init__(2)
         self._slots = slots
-        self._ghosts = Ghosts()
+        self._ghosts: Ghosts[Run] = Ghosts()
         self._returning = b"", 0
         self._has_evicted = False
 
