@@ -45,7 +45,7 @@ EVENTS = {
     "pin_displaced": "pins with a term that ended before it, for one that is worth more",
     "pin_refused": "pins that would have held more segments of a tier than pins may, or been more than 256",
     "purged": "blocks that were forgotten because an operator had their namespace purged",
-    "write_back_refused": "blocks that were not written, because the policy of the tier below finds others worth more",
+    "write_back_refused": "blocks that were not written, because admission to the tier below turned them away",
     "write_back_short": "blocks that found no room in the tier below: all of it is in use",
 }
 TAIL = """\

@@ -103,6 +103,8 @@ def test_what_is_learnt_to_be_read_again_is_written_at_first_sight() -> None:
     assert sum(late[100:]) <= 10, "what is not known well enough any more is tried again"
     assert learned.hits == everything.hits
     assert learned.written["nvme"] < 0.4 * everything.written["nvme"]
+    refused = learned.cache.counters["write_back_refused",]
+    assert refused == everything.written["nvme"] - learned.written["nvme"]
 
 
 def test_where_all_is_read_again_learned_admission_is_none() -> None:

@@ -18,7 +18,7 @@ from tierd.core.policy.runs import MARK_BYTES, Ghost, Ghosts, marks_of
 Class = tuple[tuple[int, ...], ...]
 ANSWER: Class = ((0,),)
 
-MEMORY_TURNS, MEMORY_MIN = 4, 1 << 18
+MEMORY_TURNS, MEMORY_MIN = 8, 1 << 18
 """What is remembered may be so many times the tier's blocks, or so many."""
 RUN_BLOCKS = 48
 """A run takes as much memory as the marks of so many blocks, and those."""

@@ -126,7 +126,10 @@ class WriteBack:
     def offer(self, tier: int, parent: bytes, hashes: bytes, number: int | None = None) -> None:
         """Queue what may come to the tier below of a run that was just stored in `tier`, or read there (see `push`)."""
         if self._ladder.below(tier) == self._ladder.closed and self._ladder.closed in self.queues:
-            hashes = hashes[: self.admission.offered(hashes) * HASH_BYTES]
+            admitted = self.admission.offered(hashes)
+            if refused := len(hashes) // HASH_BYTES - admitted:
+                self._counters["write_back_refused",] += refused
+                hashes = hashes[: admitted * HASH_BYTES]
         if hashes:
             self.push(tier, parent, hashes, number)
 
