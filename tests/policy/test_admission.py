@@ -14,6 +14,8 @@ from tierd.block import ROOT
 from tierd.cli import USAGE, main
 from tierd.core.admission import ADMISSIONS, LEARNED, SECOND_SIGHT
 from tierd.core.index import Node
+from tierd.core.purge import purge
+from tierd.core.sightings import class_of
 from tierd.replay.house import House
 
 NVME = 1
@@ -79,6 +81,58 @@ def test_what_comes_by_way_of_cpu_is_chosen_too(admission: str, written: int) ->
     cache.release(2, cache.lookup(2, hashes, ROOT, 1).lease)
     house.write_back(1)
     assert house.written["nvme"] == 10
+
+
+def test_what_comes_by_way_of_a_cpu_tier_without_slots_is_chosen_too() -> None:
+    """It goes on to nvme at once, and is asked about all the same."""
+    house = House({"gpu": 50, "cpu": 1, "nvme": 50}, {}, SECOND_SIGHT)
+    cache, hashes = house.cache, b"".join(chain(list(range(10))))
+    cache.pools[cache.ladder.place("cpu")].close_segment(0)
+    cache.open_session(2, 1, cache.ladder.place("gpu"))
+    cache.commit(2, cache.store(2, hashes, ROOT, 0).lease, None, 0)
+    house.write_back(0)
+    assert house.written["nvme"] == 0
+
+
+def test_what_is_read_in_gpu_alone_comes_to_nvme() -> None:
+    """It was turned away at first sight, and cpu has forgotten it since."""
+    house = House({"gpu": 100, "cpu": 10, "nvme": 200}, {}, SECOND_SIGHT)
+    cache, hot = house.cache, b"".join(chain(list(range(5))))
+    cache.open_session(2, 1, cache.ladder.place("gpu"))
+    for now, text in enumerate([hot, *(b"".join(chain([100 + shot, 1, 2, 3])) for shot in range(6))]):
+        cache.commit(2, cache.store(2, text, ROOT, now).lease, None, now)
+        house.write_back(now)
+    found = cache.lookup(2, hot, ROOT, 9)
+    cache.release(2, found.lease)
+    house.write_back(9)
+    assert found.tiers["gpu"] == 5 and house.written["nvme"] == 5
+
+
+def test_an_answer_does_not_bring_a_prompt_that_was_turned_away() -> None:
+    """Answers to short prompts are read again: those to long ones would take all that is above them along."""
+    house = House({"cpu": 60, "nvme": 600}, {}, LEARNED)
+    before = 0
+    for now in range(300):
+        before = house.written["nvme"] if now == 100 else before
+        for text, length in (([10_000 + now, 1, 2, 7], 3), ([10_000 + max(0, now - 10), 1, 2, 7], 4), ([-1 - now, *range(30)], 30)):
+            hashes = b"".join(chain(text))
+            house.request(hashes[: length * 32], now * 1000)
+            if length < len(text):
+                house._store(hashes[length * 32 :], hashes[(length - 1) * 32 : length * 32], now * 1000)
+                house.write_back(now * 1000)
+    assert house.written["nvme"] - before < 200 * 4 + 300
+
+
+def test_a_purge_teaches_nothing() -> None:
+    """That nobody reads what is gone says nothing about prompts: what comes then is written."""
+    house = House({"cpu": 400, "nvme": 4000}, {}, LEARNED)
+    for now in range(200):
+        house.request(b"".join(chain([now, *range(9)])), now)
+    purge(house.cache)
+    sightings = house.cache.write_back.admission.sightings
+    assert sightings and not sightings.size
+    sightings.asked(b"".join(chain([9999])), 0)
+    assert sightings.chance(class_of(10, 0)) == 1.0
 
 
 def mixed(admission: str, requests: int) -> tuple[House, list[bool]]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 from tests.sim.clients import chain
+from tierd.block import ROOT
 from tierd.core.admission import LEARNED, SECOND_SIGHT, Admission
-from tierd.core.sightings import ANSWER, MEMORY_MIN, RUN_BLOCKS, TRUST, Class, Sightings, class_of
+from tierd.core.sightings import ANSWER, ANSWER_WEIGHT, MEMORY_MIN, RUN_BLOCKS, TRUST, Class, Sightings, class_of
 
 SLOTS = 1 << 30
 
@@ -29,10 +30,10 @@ def test_second_sight_lets_in_what_was_asked_for_after_it_was_stored() -> None:
     admission = Admission(SECOND_SIGHT, lambda: SLOTS, never)
     first, other = packed(*range(20)), packed(*range(10), *range(100, 120))
     admission.asked(first, 0)
-    assert admission.offered(first) == 0
+    assert admission.offered(first, ROOT) == 0
     admission.asked(other, 0)
-    assert admission.offered(other) == 10
-    assert admission.offered(first) == 20, "somebody computed it again"
+    assert admission.offered(other, ROOT) == 10
+    assert admission.offered(first, ROOT) == 20, "somebody computed it again"
 
 
 def test_a_request_that_asks_until_it_has_room_has_been_seen_once() -> None:
@@ -41,7 +42,7 @@ def test_a_request_that_asks_until_it_has_room_has_been_seen_once() -> None:
     text = packed(*range(20))
     for _ in range(5):
         admission.asked(text, 0)
-    assert admission.offered(text) == 0
+    assert admission.offered(text, ROOT) == 0
 
 
 @pytest.mark.parametrize("kind", [SECOND_SIGHT, LEARNED])
@@ -50,8 +51,8 @@ def test_what_another_life_stored_was_read_again(kind: str) -> None:
     admission = Admission(kind, lambda: SLOTS, never)
     text = packed(*range(20))
     admission.asked(text, 12)
-    assert admission.offered(text[: 12 * 32]) == 12
-    assert admission.offered(text[12 * 32 :]) == (0 if kind == SECOND_SIGHT else 8)
+    assert admission.offered(text[: 12 * 32], ROOT) == 12
+    assert admission.offered(text[12 * 32 :], text[11 * 32 : 12 * 32]) == (0 if kind == SECOND_SIGHT else 8)
 
 
 @dataclass
@@ -89,9 +90,8 @@ class Ledger:
 
     def stored(self, names: list[bytes]) -> list[bool]:
         """Which of them were read again."""
-        new = sum(name not in self.blocks for name in names)
         for name in names:
-            block = self.blocks.setdefault(name, Known(ANSWER, 1 / new if new else 0.0))
+            block = self.blocks.setdefault(name, Known(ANSWER, ANSWER_WEIGHT))
             self.read(block)
             block.stored = True
         return [self.blocks[name].again for name in names]
@@ -118,10 +118,10 @@ def test_it_knows_what_a_list_of_all_blocks_would(seed: int) -> None:
         at = 0
         while at < len(names):
             piece = names[at : at + dice.choice([1, 7, 32, 100])]
+            runs = sightings.stored(b"".join(piece), names[at - 1] if at else ROOT)
+            assert [run.again for run, blocks in runs for _ in range(blocks)] == ledger.stored(piece)
+            assert sum(blocks for _, blocks in runs) == len(piece)
             at += len(piece)
-            runs = sightings.stored(b"".join(piece))
-            assert [run.again for run in runs for _ in range(run.blocks)] == ledger.stored(piece)
-            assert sum(run.blocks for run in runs) == len(piece)
     assert sightings._again == pytest.approx(ledger.again)
     assert sightings._runs.blocks == len(ledger.blocks)
 
@@ -135,7 +135,7 @@ def test_a_chance_is_the_share_that_was_read_again_before_the_tier_had_turned_ov
     for number in range(400):
         text = packed(number, *range(9))
         sightings.asked(text, 0)
-        sightings.stored(text)
+        sightings.stored(text, ROOT)
         if number % 4 == 0:
             sightings.asked(text, 10)
         entered[0] += 10
@@ -153,7 +153,36 @@ def test_memory_is_bounded_where_nothing_is_let_in() -> None:
     for number in range(9_000):
         text = packed(number)
         sightings.asked(text, 0)
-        sightings.stored(text)
+        sightings.stored(text, ROOT)
     assert sightings.size <= MEMORY_MIN + RUN_BLOCKS + 1
-    assert not sightings.stored(packed(1))[0].again
-    assert sightings.stored(packed(8_990))[0].again
+    assert not sightings.stored(packed(1), ROOT)[0][0].again
+    assert sightings.stored(packed(8_990), ROOT)[0][0].again
+
+
+def test_a_client_that_makes_hashes_up_breaks_nothing() -> None:
+    """Chains that come to a mark twice: what is remembered adds up after each."""
+    for seed in range(200):
+        dice, entered = random.Random(seed), [0]
+        sightings = Sightings(lambda: 20, lambda entered=entered: entered[0])  # type: ignore[misc]
+        names = [bytes([mark]) * 8 + bytes([dice.randrange(2)]) * 24 for mark in range(4)]
+        for _ in range(60):
+            hashes = b"".join(dice.choices(names, k=dice.randint(0, 8)))
+            if dice.random() < 0.5:
+                sightings.asked(hashes, dice.randint(0, len(hashes) // 32))
+            elif hashes:
+                sightings.stored(hashes, dice.choice([ROOT, *names]))
+            entered[0] += dice.randrange(3)
+            runs = sightings._runs._runs
+            assert sightings._runs.blocks == sum(run.blocks for run in runs.values())
+            assert all(mark == run.marks[:8] and len(run.marks) == 8 * run.blocks for mark, run in runs.items())
+
+
+def test_an_answer_that_is_stored_block_by_block_is_one_run() -> None:
+    """As long as nobody asks for it: memory is that of its blocks."""
+    sightings = Sightings(lambda: SLOTS, never)
+    text = packed(*range(100))
+    sightings.asked(text[: 32 * 10], 0)
+    sightings.stored(text[: 32 * 10], ROOT)
+    for at in range(10, 100):
+        sightings.stored(text[32 * at : 32 * (at + 1)], text[32 * (at - 1) : 32 * at])
+    assert sightings.size == 100 + 2 * RUN_BLOCKS

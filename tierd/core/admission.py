@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tierd.block import HASH_BYTES
-from tierd.core.sightings import Sightings
+from tierd.core.sightings import Sighting, Sightings
 
 EVERYTHING, SECOND_SIGHT, LEARNED, POLICY = "everything", "second-sight", "learned", "policy"
 ADMISSIONS = (EVERYTHING, SECOND_SIGHT, LEARNED, POLICY)
@@ -33,13 +33,30 @@ class Admission:
         if self.sightings:
             self.sightings.asked(hashes, found)
 
-    def offered(self, hashes: bytes) -> int:
-        """How many leading blocks of a run that was just stored or read may be written."""
+    def offered(self, hashes: bytes, parent: bytes) -> int:
+        """How many leading blocks of a run behind `parent` that was just stored or read may be written.
+
+        What is let in takes along whatever is above it. So what was turned away is not followed at first sight: an answer that
+        is likely to be read again would bring a prompt that is not.
+        """
         if not self.sightings:
             return len(hashes) // HASH_BYTES
+        above = self.sightings.above(parent)
+        follows = above is None or above.again or (above.admitted if above.stored else self._wants(above))
         at = admitted = 0
-        for run in self.sightings.stored(hashes):
-            at += run.blocks
-            if run.again or (self.kind == LEARNED and self.sightings.chance(run.kind) * WRITE_PRICE >= 1):
+        for run, blocks in self.sightings.stored(hashes, parent):
+            at += blocks
+            run.admitted = follows = run.again or (follows and self._wants(run))
+            if follows:
                 admitted = at
         return admitted
+
+    def forget(self) -> None:
+        """All blocks of the namespace were purged."""
+        if self.sightings:
+            self.sightings.forget()
+
+    def _wants(self, run: Sighting) -> bool:
+        """Whether a run is likely enough to be read again."""
+        assert self.sightings is not None
+        return self.kind == LEARNED and self.sightings.chance(run.kind) * WRITE_PRICE >= 1

@@ -375,8 +375,10 @@ class Cache:
         closed = self.ladder.closed
         if self.write_back.admission.kind != EVERYTHING and closed in self.write_back.queues:
             above = leading(slots[closed] >= 0)
-            if count := leading(slots[closed - 1, above:] >= 0):
-                self.write_back.offer(closed - 1, parent, hashes[: (above + count) * HASH_BYTES])
+            for tier in reversed(self.ladder.mapped):
+                if count := leading(slots[tier, above:] >= 0):
+                    self.write_back.offer(tier, parent, hashes[: (above + count) * HASH_BYTES])
+                    break
 
     def _tell(self, session: Session, lease: Lease, first: int, end: int, now: int) -> None:
         """Name the slots of blocks [first, end) of a reading lease to its session, unless that was done before."""

@@ -31,6 +31,7 @@ def purge(cache: Cache) -> int:
                 pool.retire(cache.index.clear(tier, node, offsets))
     cache.index.trim(nodes)
     cache.write_back.forget()
+    cache.write_back.admission.forget()
     cache.counters["purged",] += blocks
     return blocks
 

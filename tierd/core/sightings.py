@@ -6,7 +6,8 @@ them is counted by class: read again, or not before they were forgotten. They ar
 into the tier as it has room for: read later than that, they would hardly be there any more. Classes of which little is known
 lean on all that bring as much, these on all, and all on "everything is read again".
 
-Blocks that are named only when they are stored, as those of answers are, are a class that leans on nothing else.
+Blocks that are named only when they are stored, as those of answers are, are a class that leans on nothing else. They come a
+few at a time, and are one run as long as nobody has asked for them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from tierd.core.policy.runs import MARK_BYTES, Ghost, Ghosts, marks_of
 
 Class = tuple[tuple[int, ...], ...]
 ANSWER: Class = ((0,),)
+ANSWER_WEIGHT = 1 / 16
+"""Of each block of an answer: how many it will have is known at its end only."""
 
 MEMORY_TURNS, MEMORY_MIN = 8, 1 << 18
 """What is remembered may be so many times the tier's blocks, or so many."""
@@ -29,7 +32,7 @@ TRUST = 16.0
 class Sighting(Ghost):
     """Blocks of one class that follow each other. `since` is how many had been let in when they were last asked for."""
 
-    __slots__ = ("again", "kind", "since", "stored", "weight")
+    __slots__ = ("admitted", "again", "kind", "since", "stored", "weight")
 
     def __init__(self, kind: Class, since: int, weight: float) -> None:
         super().__init__(0)
@@ -39,12 +42,43 @@ class Sighting(Ghost):
         self.stored = False
         """A request that waits for its turn may ask more than once: only what was stored meanwhile was read again."""
         self.again = False
+        self.admitted = False
+        """Whether it was let in when it was stored or read last."""
 
     def tail(self, blocks: int) -> Sighting:
         """It has the same past."""
         tail = Sighting(self.kind, self.since, self.weight)
-        tail.stored, tail.again = self.stored, self.again
+        tail.stored, tail.again, tail.admitted = self.stored, self.again, self.admitted
         return tail
+
+
+class Runs(Ghosts[Sighting]):
+    """Runs also by the mark of their last block."""
+
+    def __init__(self, lost: Callable[[Sighting], None]) -> None:
+        super().__init__(lost)
+        self._ends: dict[bytes, Sighting] = {}
+
+    def put(self, run: Sighting, marks: bytes) -> None:
+        """Enter a run."""
+        super().put(run, marks)
+        self._ends[marks[-MARK_BYTES:]] = run
+
+    def pop(self, run: Sighting) -> None:
+        """Take a run out."""
+        super().pop(run)
+        if self._ends.get(run.marks[-MARK_BYTES:]) is run:
+            del self._ends[run.marks[-MARK_BYTES:]]
+
+    def cut(self, run: Sighting, blocks: int) -> Sighting:
+        """Cut a run behind its first `blocks` blocks; returns the tail."""
+        tail = super().cut(run, blocks)
+        self._ends[run.marks[-MARK_BYTES:]] = run
+        return tail
+
+    def ending(self, mark: bytes) -> Sighting | None:
+        """The run whose last block has a mark."""
+        return self._ends.get(mark)
 
 
 class Sightings:
@@ -52,7 +86,7 @@ class Sightings:
 
     def __init__(self, slots: Callable[[], int], entered: Callable[[], int]) -> None:
         self._slots, self._entered = slots, entered
-        self._runs: Ghosts[Sighting] = Ghosts(self._lost)
+        self._runs = Runs(self._lost)
         self._seen: dict[tuple[int, ...], float] = {}
         self._again: dict[tuple[int, ...], float] = {}
         """Weights by class and by what it leans on; all blocks that come new with one request weigh 1 together."""
@@ -83,22 +117,27 @@ class Sightings:
         self._along(marks[: found * MARK_BYTES])  # what is stored next begins there
         self._forget(entered)
 
-    def stored(self, hashes: bytes) -> list[Sighting]:
-        """A run was stored, or is there to be written: what is known of it, in the order of its blocks."""
+    def stored(self, hashes: bytes, parent: bytes) -> list[tuple[Sighting, int]]:
+        """A run behind `parent` was stored, or is there to be written: what is known of it, with the blocks that each has there."""
         marks = marks_of(hashes)
-        runs = self._along(marks)
-        for run in runs:
+        runs = [(run, run.blocks) for run in self._along(marks)]
+        for run, _ in runs:
             if run.stored:  # somebody had to compute it again
                 self._read_again(run)
             run.stored = True
-        at = sum([run.blocks for run in runs])
+        at = sum([blocks for _, blocks in runs])
         if new := len(marks) // MARK_BYTES - at:
-            run = Sighting(ANSWER, self._entered(), 1 / new)
-            run.stored = True
-            self._runs.put(run, marks[at * MARK_BYTES :])
-            runs.append(run)
+            runs.append((self._answered(None if runs else self.above(parent), marks[at * MARK_BYTES :]), new))
         self._forget(self._entered())
         return runs
+
+    def above(self, block: bytes) -> Sighting | None:
+        """The run whose last block this is (by its hash)."""
+        return self._runs.ending(block[:MARK_BYTES])
+
+    def forget(self) -> None:
+        """Whatever was stored is gone, and nothing is to be learnt from that."""
+        self._runs = Runs(self._lost)
 
     def chance(self, kind: Class) -> float:
         """The share of blocks of a class that is read again before it is forgotten."""
@@ -108,15 +147,36 @@ class Sightings:
         return chance
 
     def _along(self, marks: bytes) -> list[Sighting]:
-        """The runs that `marks` begin with, cut where these end or go another way."""
-        along, at = [], 0
+        """The runs that `marks` begin with, cut where these end or go another way.
+
+        No chain of hashes comes to a mark twice: where one that a client made up does, it is not followed.
+        """
+        along: dict[Sighting, None] = {}
+        at = 0
         while found := self._runs.along(marks, at):
             for run, same in found:
+                if run in along:
+                    return list(along)
                 if same < run.blocks:
+                    behind = self._runs.get(run.marks[same * MARK_BYTES : (same + 1) * MARK_BYTES])
+                    if behind is run or behind in along:
+                        return list(along)
                     self._runs.cut(run, same)
                 at += same * MARK_BYTES
-                along.append(run)
-        return along
+                along[run] = None
+        return list(along)
+
+    def _answered(self, above: Sighting | None, marks: bytes) -> Sighting:
+        """Blocks were stored that nobody asked for: one run with those above, if nobody did for these, either."""
+        if above and above.kind is ANSWER and above.stored and not above.again:
+            self._runs.pop(above)
+            run, marks = above, above.marks + marks
+        else:
+            run = Sighting(ANSWER, 0, ANSWER_WEIGHT)
+            run.stored = True
+        run.since = self._entered()
+        self._runs.put(run, marks)
+        return run
 
     def _join(self, runs: list[Sighting], marks: bytes) -> int:
         """Make one run of those that lead `marks`, if all were read again; returns how many blocks they have."""

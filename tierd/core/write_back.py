@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.block import HASH_BYTES, ROOT
-from tierd.core.admission import POLICY, WRITE_PRICE, Admission
+from tierd.core.admission import EVERYTHING, POLICY, WRITE_PRICE, Admission
 from tierd.core.index import Index, Node, Piece
 from tierd.core.ladder import Ladder
 from tierd.core.plan import WRITE_BACK, Slots, Transfer, any_of, leading
@@ -96,7 +96,8 @@ class WriteBack:
         self.queues = {target: Queue() for target in range(ladder.below(0), lowest)}
         """By target."""
         lower = self._pools[ladder.closed] if ladder.closed < len(ladder) else None
-        self.admission = Admission(admission, lambda: lower.slots if lower else 0, lambda: counters["written",])
+        kind = admission if ladder.closed in self.queues else EVERYTHING
+        self.admission = Admission(kind, lambda: lower.slots if lower else 0, lambda: counters["written",])
         self._number = 0
 
     def mark(self) -> int:
@@ -126,7 +127,7 @@ class WriteBack:
     def offer(self, tier: int, parent: bytes, hashes: bytes, number: int | None = None) -> None:
         """Queue what may come to the tier below of a run that was just stored in `tier`, or read there (see `push`)."""
         if self._ladder.below(tier) == self._ladder.closed and self._ladder.closed in self.queues:
-            admitted = self.admission.offered(hashes)
+            admitted = self.admission.offered(hashes, parent)
             if refused := len(hashes) // HASH_BYTES - admitted:
                 self._counters["write_back_refused",] += refused
                 hashes = hashes[: admitted * HASH_BYTES]
@@ -165,7 +166,7 @@ class WriteBack:
         queue = self.queues[target]
         while queue and target in self._ladder.mapped and not self._pools[target].slots:
             run = queue.pop()
-            self.push(target, run.parent, run.hashes, run.number)
+            self.offer(target, run.parent, run.hashes, run.number)
         while queue and self._pools[target].slots:
             if self._plan(target, queue.pop(), blocks_max):
                 return True
@@ -235,7 +236,7 @@ class WriteBack:
             if chooses:
                 return False
             self._counters["write_back_short",] += count
-            self.push(target, run.parent, run.hashes, run.number)
+            self.offer(target, run.parent, run.hashes, run.number)
             return False
         end = first + len(targets)
         if wanted[end:].any():
