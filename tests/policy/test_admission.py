@@ -114,7 +114,8 @@ def test_an_answer_does_not_bring_a_prompt_that_was_turned_away() -> None:
     before = 0
     for now in range(300):
         before = house.written["nvme"] if now == 100 else before
-        for text, length in (([10_000 + now, 1, 2, 7], 3), ([10_000 + max(0, now - 10), 1, 2, 7], 4), ([-1 - now, *range(30)], 30)):
+        old = 10_000 + max(0, now - 10)
+        for text, length in (([10_000 + now, 1, 2, 7], 3), ([old, 1, 2, 7], 4), ([-1 - now, *range(30)], 30)):
             hashes = b"".join(chain(text))
             house.request(hashes[: length * 32], now * 1000)
             if length < len(text):

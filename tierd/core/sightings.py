@@ -118,7 +118,7 @@ class Sightings:
         self._forget(entered)
 
     def stored(self, hashes: bytes, parent: bytes) -> list[tuple[Sighting, int]]:
-        """A run behind `parent` was stored, or is there to be written: what is known of it, with the blocks that each has there."""
+        """A run behind `parent` was stored, or is there to be written: what is known of it, with how many blocks each has."""
         marks = marks_of(hashes)
         runs = [(run, run.blocks) for run in self._along(marks)]
         for run, _ in runs:
