@@ -186,3 +186,23 @@ def test_an_answer_that_is_stored_block_by_block_is_one_run() -> None:
     for at in range(10, 100):
         sightings.stored(text[32 * at : 32 * (at + 1)], text[32 * (at - 1) : 32 * at])
     assert sightings.size == 100 + 2 * RUN_BLOCKS
+
+
+def test_what_is_stored_behind_what_was_found_is_known() -> None:
+    """Also where more was remembered to follow than is in any tier: it was computed again."""
+    sightings, text = Sightings(lambda: SLOTS, never), packed(*range(20))
+    sightings.asked(text, 0)
+    sightings.stored(text, ROOT)
+    sightings.asked(text, 12)
+    [(run, blocks)] = sightings.stored(text[32 * 12 :], text[32 * 11 : 32 * 12])
+    assert run.again and blocks == 8 and sightings._runs.blocks == 20
+
+
+def test_runs_that_were_read_again_together_are_one() -> None:
+    """A long conversation is one look in a dictionary, however it was stored."""
+    sightings, text = Sightings(lambda: SLOTS, never), packed(*range(64))
+    for at in range(64):
+        sightings.asked(text[: 32 * (at + 1)], at)
+        sightings.stored(text[32 * at : 32 * (at + 1)], text[32 * (at - 1) : 32 * at] if at else ROOT)
+    sightings.asked(text, 64)
+    assert sightings.size == 64 + RUN_BLOCKS
