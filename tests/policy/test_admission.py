@@ -132,8 +132,21 @@ def test_a_purge_teaches_nothing() -> None:
     purge(house.cache)
     sightings = house.cache.write_back.admission.sightings
     assert sightings and not sightings.size
-    sightings.asked(b"".join(chain([9999])), 0)
+    sightings.asked(b"".join(chain([9999])), 0, 0)
     assert sightings.chance(class_of(10, 0)) == 1.0
+
+
+def test_an_engine_that_has_the_head_itself_has_asked_for_the_whole() -> None:
+    """It names what it has not got, behind a block of which others may know more: that is where it begins."""
+    house = House({"cpu": 50, "nvme": 50}, {}, LEARNED)
+    cache, sightings = house.cache, house.cache.write_back.admission.sightings
+    assert sightings is not None
+    hashes, other = b"".join(chain(list(range(20)))), b"".join(chain([*range(5), 99]))
+    house.request(hashes, 0)
+    cache.release(1, cache.lookup(1, hashes[10 * 32 :], hashes[9 * 32 : 10 * 32], 1).lease)
+    assert sightings._again[()] == 1.0
+    cache.lookup(1, other[5 * 32 :], other[4 * 32 : 5 * 32], 2)
+    assert [run.kind for run, _ in sightings.stored(other[5 * 32 :], other[4 * 32 : 5 * 32])] == [class_of(1, 5)]
 
 
 def mixed(admission: str, requests: int) -> tuple[House, list[bool]]:

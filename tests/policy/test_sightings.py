@@ -29,9 +29,9 @@ def test_second_sight_lets_in_what_was_asked_for_after_it_was_stored() -> None:
     """A run is remembered, and the next time its known head may come in."""
     admission = Admission(SECOND_SIGHT, lambda: SLOTS, never)
     first, other = packed(*range(20)), packed(*range(10), *range(100, 120))
-    admission.asked(first, 0)
+    admission.asked(first, 0, 0)
     assert admission.offered(first, ROOT) == 0
-    admission.asked(other, 0)
+    admission.asked(other, 0, 0)
     assert admission.offered(other, ROOT) == 10
     assert admission.offered(first, ROOT) == 20, "somebody computed it again"
 
@@ -41,7 +41,7 @@ def test_a_request_that_asks_until_it_has_room_has_been_seen_once() -> None:
     admission = Admission(SECOND_SIGHT, lambda: SLOTS, never)
     text = packed(*range(20))
     for _ in range(5):
-        admission.asked(text, 0)
+        admission.asked(text, 0, 0)
     assert admission.offered(text, ROOT) == 0
 
 
@@ -50,7 +50,7 @@ def test_what_another_life_stored_was_read_again(kind: str) -> None:
     """It is there, and nobody remembers why."""
     admission = Admission(kind, lambda: SLOTS, never)
     text = packed(*range(20))
-    admission.asked(text, 12)
+    admission.asked(text, 0, 12)
     assert admission.offered(text[: 12 * 32], ROOT) == 12
     assert admission.offered(text[12 * 32 :], text[11 * 32 : 12 * 32]) == (0 if kind == SECOND_SIGHT else 8)
 
@@ -110,7 +110,7 @@ def test_it_knows_what_a_list_of_all_blocks_would(seed: int) -> None:
         talks.append(talk)
         names = chain(talk)
         ledger.asked(names)
-        sightings.asked(b"".join(names), 0)
+        sightings.asked(b"".join(names), 0, 0)
         if dice.random() < 0.2:
             continue
         if dice.random() < 0.3:
@@ -134,16 +134,16 @@ def test_a_chance_is_the_share_that_was_read_again_before_the_tier_had_turned_ov
     assert sightings.chance(kind) == 1.0
     for number in range(400):
         text = packed(number, *range(9))
-        sightings.asked(text, 0)
+        sightings.asked(text, 0, 0)
         sightings.stored(text, ROOT)
         if number % 4 == 0:
-            sightings.asked(text, 10)
+            sightings.asked(text, 0, 10)
         entered[0] += 10
     assert sightings.chance(kind) == pytest.approx(0.25, abs=0.05)
     assert sightings.chance(class_of(1000, 0)) == pytest.approx(sightings.chance(((99,), ())))
     before = sightings._seen[()]
     entered[0] += 1000
-    sightings.asked(packed(1, 2), 0)
+    sightings.asked(packed(1, 2), 0, 0)
     assert TRUST < sightings._seen[()] < 0.7 * (before + 100)
 
 
@@ -152,7 +152,7 @@ def test_memory_is_bounded_where_nothing_is_let_in() -> None:
     sightings = Sightings(lambda: 1000, never)
     for number in range(9_000):
         text = packed(number)
-        sightings.asked(text, 0)
+        sightings.asked(text, 0, 0)
         sightings.stored(text, ROOT)
     assert sightings.size <= MEMORY_MIN + RUN_BLOCKS + 1
     assert not sightings.stored(packed(1), ROOT)[0][0].again
@@ -168,7 +168,7 @@ def test_a_client_that_makes_hashes_up_breaks_nothing() -> None:
         for _ in range(60):
             hashes = b"".join(dice.choices(names, k=dice.randint(0, 8)))
             if dice.random() < 0.5:
-                sightings.asked(hashes, dice.randint(0, len(hashes) // 32))
+                sightings.asked(hashes, 0, dice.randint(0, len(hashes) // 32))
             elif hashes:
                 sightings.stored(hashes, dice.choice([ROOT, *names]))
             entered[0] += dice.randrange(3)
@@ -181,7 +181,7 @@ def test_an_answer_that_is_stored_block_by_block_is_one_run() -> None:
     """As long as nobody asks for it: memory is that of its blocks."""
     sightings = Sightings(lambda: SLOTS, never)
     text = packed(*range(100))
-    sightings.asked(text[: 32 * 10], 0)
+    sightings.asked(text[: 32 * 10], 0, 0)
     sightings.stored(text[: 32 * 10], ROOT)
     for at in range(10, 100):
         sightings.stored(text[32 * at : 32 * (at + 1)], text[32 * (at - 1) : 32 * at])
@@ -191,9 +191,9 @@ def test_an_answer_that_is_stored_block_by_block_is_one_run() -> None:
 def test_what_is_stored_behind_what_was_found_is_known() -> None:
     """Also where more was remembered to follow than is in any tier: it was computed again."""
     sightings, text = Sightings(lambda: SLOTS, never), packed(*range(20))
-    sightings.asked(text, 0)
+    sightings.asked(text, 0, 0)
     sightings.stored(text, ROOT)
-    sightings.asked(text, 12)
+    sightings.asked(text, 0, 12)
     [(run, blocks)] = sightings.stored(text[32 * 12 :], text[32 * 11 : 32 * 12])
     assert run.again and blocks == 8 and sightings._runs.blocks == 20
 
@@ -202,7 +202,7 @@ def test_runs_that_were_read_again_together_are_one() -> None:
     """A long conversation is one look in a dictionary, however it was stored."""
     sightings, text = Sightings(lambda: SLOTS, never), packed(*range(64))
     for at in range(64):
-        sightings.asked(text[: 32 * (at + 1)], at)
+        sightings.asked(text[: 32 * (at + 1)], 0, at)
         sightings.stored(text[32 * at : 32 * (at + 1)], text[32 * (at - 1) : 32 * at] if at else ROOT)
-    sightings.asked(text, 64)
+    sightings.asked(text, 0, 64)
     assert sightings.size == 64 + RUN_BLOCKS

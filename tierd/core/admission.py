@@ -28,10 +28,10 @@ class Admission:
         self.kind = kind
         self.sightings = Sightings(slots, entered) if kind in (SECOND_SIGHT, LEARNED) else None
 
-    def asked(self, hashes: bytes, found: int) -> None:
-        """A request wants these blocks, of which the first `found` are in some tier."""
+    def asked(self, hashes: bytes, first: int, found: int) -> None:
+        """A request wants these blocks; it named those from `first` on, and the first `found` are in some tier."""
         if self.sightings:
-            self.sightings.asked(hashes, found)
+            self.sightings.asked(hashes, first, found)
 
     def offered(self, hashes: bytes, parent: bytes) -> int:
         """How many leading blocks of a run behind `parent` that was just stored or read may be written.

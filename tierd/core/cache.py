@@ -175,7 +175,7 @@ class Cache:
         slots, pieces = self._resident(hashes, parent)
         here, blocks = slots[tier], slots.shape[1]
         is_here = here >= 0
-        self.write_back.admission.asked(hashes, blocks)
+        self._remember(hashes, parent, blocks)
         self._offer_again(hashes, parent, slots)
         near = self.ladder.near[tier]
         tiers = self._attribute(hashes, slots, near, is_here if near[0] == tier else slots[near[0]] >= 0)
@@ -369,6 +369,18 @@ class Cache:
             if number:
                 self.counters["lookup", name] += number
         return tiers
+
+    def _remember(self, hashes: bytes, parent: bytes, blocks: int) -> None:
+        """Tell admission what was asked for, from the root on: an engine may name no more than what it has not got itself."""
+        admission, above = self.write_back.admission, b""
+        if admission.sightings is None:
+            return
+        if parent != ROOT and (entry := self.index.find(parent)):
+            node, at = entry
+            end = (at + 1 - len(node)) * HASH_BYTES
+            chain = b"".join([member.hashes for member in reversed(self.index.path(node))])
+            above = chain[:end] if end else chain
+        admission.asked(above + hashes, len(above) // HASH_BYTES, len(above) // HASH_BYTES + blocks)
 
     def _offer_again(self, hashes: bytes, parent: bytes, slots: Slots) -> None:
         """What is read and is not in the prefix-closed tier was turned away before, and is worth more now."""

@@ -23,7 +23,7 @@ ANSWER_WEIGHT = 1 / 16
 
 MEMORY_TURNS, MEMORY_MIN = 8, 1 << 18
 """What is remembered may be so many times the tier's blocks, or so many."""
-RUN_BLOCKS = 48
+RUN_BLOCKS = 56
 """A run takes as much memory as the marks of so many blocks, and those."""
 TRUST = 16.0
 """Requests of which a class must know for its own count to weigh as much as what it leans on."""
@@ -97,8 +97,8 @@ class Sightings:
         """What is remembered, as if it were marks of blocks."""
         return self._runs.blocks + RUN_BLOCKS * len(self._runs)
 
-    def asked(self, hashes: bytes, found: int) -> None:
-        """A request wants these blocks, of which the first `found` are in some tier."""
+    def asked(self, hashes: bytes, first: int, found: int) -> None:
+        """A request wants these blocks; it named those from `first` on, and the first `found` are in some tier."""
         marks, entered = marks_of(hashes), self._entered()
         known = self._along(marks)
         for run in known:
@@ -114,7 +114,8 @@ class Sightings:
             at = found
         if new := len(marks) // MARK_BYTES - at:
             self._runs.put(Sighting(class_of(new, at), entered, 1 / new), marks[at * MARK_BYTES :])
-        self._along(marks[: found * MARK_BYTES])  # what is stored next begins there
+        for at in (first, found):  # what is offered next begins there
+            self._along(marks[: at * MARK_BYTES])
         self._forget(entered)
 
     def stored(self, hashes: bytes, parent: bytes) -> list[tuple[Sighting, int]]:
