@@ -93,7 +93,7 @@ def section(trace: Trace, rows: list[Row]) -> Iterator[str]:
 def two_tiers(rows: list[Row]) -> Iterator[str]:
     """The table of all settings at one pair of sizes."""
     yield from ("", f"cpu {CPU:.0%}, nvme {NVME:.0%}:", "")
-    yield "| cpu / nvme / admission | hits | from cpu | from nvme | written to nvme | of them never read |"
+    yield "| cpu / nvme / admission | hits | from cpu | from nvme | written to nvme | of them gone unread |"
     yield "|---|" + "---:|" * 5
     for row in rows:
         cells = [f"{row['block_hit']:.2%}"]

@@ -82,6 +82,22 @@ def steps_until(engine: Engine, so: Callable[[], bool], between: Callable[[int],
     raise AssertionError(f"stuck: {engine.scheduler.waiting} wait, {engine.scheduler.running} run")
 
 
+def test_a_prompt_that_comes_once_is_seen_once(twins: Twins, launch: Callable[..., Daemon]) -> None:
+    """Prompt and answer go to cpu; the second time the prompt's whole pages go to nvme, though the engine never let go of them."""
+    daemon = launch(nvme_bytes=16 << 20, nvme_admission="second-sight")
+    engine = twins.engine(tier_memory(daemon, twins.layout, 16))
+    written = 'tierd_slots{state="ready",tier="nvme"}'
+    ask(engine, LONG[:1])
+    run(engine)
+    assert daemon.run("sync").returncode == 0
+    assert daemon.metrics()[written] == 0
+    ask(engine, LONG[:1])
+    run(engine)
+    assert daemon.run("sync").returncode == 0
+    assert daemon.metrics()[written] >= 10
+    engine.close()
+
+
 def copied_bytes(daemon: Daemon) -> float:
     """Bytes that were brought to the gpu tier from anywhere."""
     moved = daemon.metrics().items()

@@ -68,6 +68,19 @@ def test_pages_survive_a_restart_of_everything(start: Start, engine: Begin) -> N
     assert engine(daemon.socket).load(text) == PAGES
 
 
+def test_a_prompt_that_comes_once_is_seen_once(start: Start, engine: Begin) -> None:
+    """However many batches it is asked for and saved in: on second sight nothing is written, then all of it."""
+    daemon = start(**ROOM, nvme_admission="second-sight")
+    one, text = engine(daemon.socket), prompt(6, PAGES)
+    written = 'tierd_slots{state="ready",tier="nvme"}'
+    assert (one.load(text), one.save(text)) == (0, PAGES)
+    daemon.ask("sync")
+    assert daemon.metrics()[written] == 0
+    assert one.load(text) == PAGES
+    daemon.ask("sync")
+    assert daemon.metrics()[written] == PAGES
+
+
 def test_engines_whose_bytes_differ_share_nothing(start: Start, engine: Begin) -> None:
     """The same tokens have the same keys in all of them."""
     daemon = start(**ROOM)

@@ -304,6 +304,22 @@ def test_a_request_that_ends_before_its_saves_is_kept_whole(build: Build, daemon
         assert monotonic_seconds() < deadline, kept_by(daemon, name)
 
 
+def test_a_prompt_that_comes_once_is_seen_once(start: Start, random_model: Path) -> None:
+    """Scheduler and worker ask, for prompts and their chunks, before and after: on second sight nothing of it is written."""
+    daemon = start(nvme_admission="second-sight")
+    house = House(random_model, transfer(daemon.socket), max_num_batched_tokens=64)
+    text = prompt(36, 9)
+    house.run(text, max_tokens=40)
+    daemon.run("sync")
+    assert daemon.metrics()['tierd_slots{state="ready",tier="nvme"}'] == 0
+    house.forget()
+    house.run(text)
+    daemon.run("sync")
+    assert daemon.metrics()['tierd_slots{state="ready",tier="nvme"}'] == 9
+    house.check_empty()
+    house.close()
+
+
 def test_without_a_daemon_everything_is_computed(build: Build, daemon: Daemon) -> None:
     """Before, during and after: the same tokens; what is held for saves that fail is given back."""
     daemon.kill()
