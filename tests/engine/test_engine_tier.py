@@ -83,7 +83,7 @@ def steps_until(engine: Engine, so: Callable[[], bool], between: Callable[[int],
 
 
 def test_a_prompt_that_comes_once_is_seen_once(twins: Twins, launch: Callable[..., Daemon]) -> None:
-    """Prompt and answer go to cpu; the second time the prompt's whole pages go to nvme, though the engine never let go of them."""
+    """Prompt and answer go to cpu; the second time the prompt goes to nvme, though the engine never let go of its pages."""
     daemon = launch(nvme_bytes=16 << 20, nvme_admission="second-sight")
     engine = twins.engine(tier_memory(daemon, twins.layout, 16))
     written = 'tierd_slots{state="ready",tier="nvme"}'
