@@ -6,14 +6,18 @@ import gc
 import random
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sim.clients import chain
+from tierd.block import ROOT
 from tierd.core.policy.chd import Chd
 from tierd.core.policy.survival import BINS, KINDS, Survival, age_bin
+from tierd.errors import Invalid
+from tierd.replay.house import House
 from tierd.replay.shelf import CPU, Shelf
 from tierd.replay.trace import block_hashes
 
@@ -169,3 +173,20 @@ def conversations(requests: int, seed: int, new_blocks_max: int = 20) -> Iterato
         prompt = base[: len(base) - dice.randrange(3)] + [next(fresh) for _ in range(dice.randint(1, new_blocks_max))]
         alive = [*alive[-12:], prompt]
         yield now, names[prompt].tobytes()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_hashes_that_no_chain_has_cost_their_client_hits_only(seed: int) -> None:
+    """Blocks that come twice in one request, and others whose hashes begin alike: the account of ghosts stays exact."""
+    dice = random.Random(seed)
+    house = House({"cpu": 12, "nvme": 20}, {"cpu": "chd", "nvme": "chd"})
+    for now in range(150):
+        names = [bytes([dice.randint(1, 5)]) * 8 + bytes([dice.randint(0, 2)]) * 24 for _ in range(dice.randint(1, 6))]
+        if lease := house.cache.lookup(1, b"".join(names), ROOT, now).lease:
+            house.cache.release(1, lease)
+        with suppress(Invalid):  # a block that has a place already
+            house.request(b"".join(dict.fromkeys(names)), now)
+        for order in house.index.orders:
+            assert isinstance(order, Chd)
+            assert order.ghosts.blocks == sum(run.blocks for run in order.ghosts._runs.values())
+    house.cache.check()

@@ -65,7 +65,7 @@ class Runs(Ghosts[Sighting]):
         self._ends[marks[-MARK_BYTES:]] = run
 
     def pop(self, run: Sighting) -> None:
-        """Take a run out."""
+        """Take a run out, if it is there."""
         super().pop(run)
         if self._ends.get(run.marks[-MARK_BYTES:]) is run:
             del self._ends[run.marks[-MARK_BYTES:]]
@@ -73,7 +73,8 @@ class Runs(Ghosts[Sighting]):
     def cut(self, run: Sighting, blocks: int) -> Sighting:
         """Cut a run behind its first `blocks` blocks; returns the tail."""
         tail = super().cut(run, blocks)
-        self._ends[run.marks[-MARK_BYTES:]] = run
+        if run in self:
+            self._ends[run.marks[-MARK_BYTES:]] = run
         return tail
 
     def ending(self, mark: bytes) -> Sighting | None:

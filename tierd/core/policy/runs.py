@@ -89,7 +89,11 @@ def marks_of(hashes: bytes) -> bytes:
 
 
 class Ghosts(Generic[G]):
-    """Runs by the mark of their first block, the oldest first; `lost` hears of what is forgotten."""
+    """Runs by the mark of their first block, the oldest first; `lost` hears of what is forgotten.
+
+    No chain of hashes comes to a mark twice, but one that a client made up may: what was asked for comes out of order then,
+    and nothing else does.
+    """
 
     def __init__(self, lost: Callable[[G], None] = lambda run: None) -> None:
         self.blocks = 0
@@ -98,6 +102,9 @@ class Ghosts(Generic[G]):
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def __contains__(self, run: G) -> bool:
+        return self._runs.get(run.marks[:MARK_BYTES]) is run
 
     def get(self, mark: bytes) -> G | None:
         """The run that begins with a mark."""
@@ -114,8 +121,9 @@ class Ghosts(Generic[G]):
 
     def pop(self, run: G) -> None:
         """A run comes into the tier, or is forgotten."""
-        del self._runs[run.marks[:MARK_BYTES]]
-        self.blocks -= run.blocks
+        if run in self:
+            del self._runs[run.marks[:MARK_BYTES]]
+            self.blocks -= run.blocks
 
     def oldest(self) -> G | None:
         """The run that has been here longest."""
@@ -129,20 +137,25 @@ class Ghosts(Generic[G]):
 
     def refresh(self, run: G) -> None:
         """A run was asked for."""
-        self._runs.move_to_end(run.marks[:MARK_BYTES])
+        if run in self:
+            self._runs.move_to_end(run.marks[:MARK_BYTES])
 
     def cut(self, run: G, blocks: int) -> G:
         """Cut a run behind its first `blocks` blocks; returns the tail, which is a ghost as old as it was."""
         tail: G = run.tail(blocks)
-        self.blocks -= run.blocks - blocks
-        self.put(tail, run.marks[blocks * MARK_BYTES :])
+        marks = run.marks[blocks * MARK_BYTES :]
+        if run in self:
+            self.blocks -= run.blocks - blocks
         run.marks, run.blocks = run.marks[: blocks * MARK_BYTES], blocks
+        self.put(tail, marks)
         return tail
 
     def along(self, marks: bytes, at: int) -> list[tuple[G, int]]:
         """Runs that follow each other along `marks` from byte `at`, each with how many of its blocks are the same."""
         found: list[tuple[G, int]] = []
-        while run := self._runs.get(marks[at : at + MARK_BYTES]):
+        passed: set[G] = set()
+        while (run := self._runs.get(marks[at : at + MARK_BYTES])) and run not in passed:
+            passed.add(run)
             same = run.blocks if marks.startswith(run.marks, at) else _common(run.marks, marks, at)
             found.append((run, same))
             at += same * MARK_BYTES
